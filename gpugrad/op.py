@@ -1,0 +1,445 @@
+"""Operations as records: the registry, dispatch to NumPy or CuPy, and recording on the tape.
+
+An operation is one `Op` record and one Python function made from it (`make_function`). The function
+
+1. unwraps its Tensors and finds the device (`backend.place`; two devices raise DeviceMismatch),
+2. runs ``op.forward(xp, *arrays, **params)``,
+3. wraps the result if an argument was a Tensor, and records a `Node` if one of them requires grad.
+
+Given plain arrays only, it falls straight through to step 2 and returns plain arrays, so that rules
+are written once: on arrays they compute, on Tensors (``create_graph=True``) they are recorded.
+"""
+
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpugrad import backend
+from gpugrad.backend import HOST_TYPES, Array
+from gpugrad.errors import MutatedArray, NotDifferentiable
+
+ndarray = numpy.ndarray
+SNAPSHOT_BYTES = 1 << 20  # an array of the user's is copied when saved up to this size, checked by a sum above it
+
+
+class Aval(NamedTuple):
+    """What a rule sees of an argument it does not keep: shape and dtype, no values."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+@dataclass(eq=False, slots=True)
+class Op:
+    """One operation. Made by the five declarations of `gpugrad.declare`; read by tape, tests, docs and benchmarks.
+
+    `residual`, where an elementwise op has it, is a forward that also returns an intermediate, and partials that take it
+    as a last argument: a cheaper first-order sweep. `partials` (elementwise) or `vjps` (other kinds) hold one rule an array argument; `needs[i]` tells which
+    values rule i keeps: 0 is the output, k the k-th argument.
+    """
+
+    name: str
+    kind: str
+    forward: Callable[..., Any]
+    doc: str
+    partials: tuple[Any, ...] | None = None
+    vjps: tuple[Any, ...] = ()
+    needs: tuple[tuple[int, ...], ...] = ()
+    variadic: bool = False
+    outputs: int = 1
+    masks: bool = False
+    domain: Any = None
+    reason: str = ""
+    residual: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    function: Callable[..., Any] = field(init=False, repr=False)
+
+
+registry: dict[str, Op] = {}
+
+
+def register(op: Op) -> None:
+    """Enter an operation under its name. Raises ValueError for a name already taken."""
+    if op.name in registry:
+        raise ValueError(f"op {op.name!r} is declared twice; choose another name")
+    registry[op.name] = op
+
+
+class Recording(threading.local):
+    """Whether this thread records; read on every call, so an attribute and not a function."""
+
+    on = True
+
+
+recording = Recording()
+_sequence = itertools.count()
+
+
+class Node:
+    """One recorded application of an op: a vertex of the computational graph.
+
+    A leaf has ``op is None`` and collects ``grad``. ``saved`` is ``(output, *arguments)`` with None (elementwise)
+    or an Aval (other kinds) for what no rule keeps, and is None once the graph has been freed.
+    """
+
+    __slots__ = ("__weakref__", "dtype", "grad", "guard", "op", "params", "parents", "saved", "seq", "shape")
+
+    op: Op | None
+    parents: tuple["Node | None", ...]
+    saved: tuple[Any, ...] | None
+    params: dict[str, Any]
+    guard: list[tuple[Array, Any]] | None
+    seq: int
+    shape: tuple[int, ...]
+    dtype: Any
+    grad: Any
+
+
+_new_node = Node.__new__
+NO_PARAMS: dict[str, Any] = {}
+
+
+def leaf(data: Array) -> Node:
+    """Return a fresh leaf of the graph for an array that requires grad."""
+    node = _new_node(Node)
+    node.op = None
+    node.parents = ()
+    node.saved = ()
+    node.params = NO_PARAMS
+    node.guard = None
+    node.seq = next(_sequence)
+    node.shape = data.shape
+    node.dtype = data.dtype
+    node.grad = None
+    return node
+
+
+# Tensor lives above this module; tensor.py hands its class down when it is imported.
+_Tensor: Any = type(None)
+_new_tensor: Any = object.__new__
+
+
+def bind_tensor(cls: type) -> None:
+    """Tell dispatch which class to unwrap and to wrap results in."""
+    global _Tensor, _new_tensor
+    _Tensor, _new_tensor = cls, cls.__new__
+
+
+# --------------------------------------------------------------------------------- arrays changed in place
+
+
+def _is_frozen(array: ndarray) -> bool:
+    """Tell whether nobody can write to this memory through NumPy: read-only all the way down to its owner."""
+    while not array.flags.writeable:
+        base = array.base
+        if base is None or isinstance(base, bytes):
+            return True
+        if not isinstance(base, ndarray):
+            return False
+        array = base
+    return False
+
+
+def checksum(array: ndarray) -> bytes:
+    """Sum the words of an array along both sides of a table: a change, a swap or a shuffle shows in one of them.
+
+    Reads the array once (blocks of 256 KiB stay in cache for the second sum).
+    """
+    flat = array.reshape(-1, order="A").view(numpy.uint8)
+    words = flat[: flat.size & ~7].view(numpy.uint64)
+    width = 256
+    body = words[: words.size - words.size % width].reshape(-1, width)
+    columns = numpy.zeros(width, numpy.uint64)
+    rows = numpy.empty(len(body), numpy.uint64)
+    for start in range(0, len(body), 128):
+        block = body[start : start + 128]
+        columns += block.sum(axis=0, dtype=numpy.uint64)
+        numpy.sum(block, axis=1, out=rows[start : start + 128])
+    tail = flat[body.size * 8 :].tobytes()
+    return columns.tobytes() + rows.tobytes() + tail
+
+
+def protect(node: Node, array: ndarray) -> ndarray:
+    """Return what the tape may keep of a host array that others may write to.
+
+    Up to 1 MiB a private copy. Above, the array itself with its checksum, compared before the reverse sweep uses it.
+    """
+    if _is_frozen(array):
+        return array
+    if array.nbytes <= SNAPSHOT_BYTES or not (array.flags.c_contiguous or array.flags.f_contiguous):
+        return array.copy()
+    if node.guard is None:
+        node.guard = []
+    node.guard.append((array, checksum(array)))
+    return array
+
+
+def verify(node: Node) -> None:
+    """Raise MutatedArray if an array this node keeps by reference has changed since."""
+    for array, before in node.guard or ():
+        if checksum(array) != before:
+            name = node.op.name if node.op else "leaf"
+            raise MutatedArray(
+                f"{name}: its argument of shape {array.shape}, dtype {array.dtype} was changed in place after the tape "
+                "saved it; change it after the gradient is taken, or pass a copy (gpugrad.tensor copies)"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ dispatch
+
+
+def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Dispatch and record one application, for every kind, arity and device."""
+    tensor = _Tensor
+    boxed = False
+    tracked = False
+    external = False
+    values: list[Any] = []
+    parents: list[Node | None] = []
+    for arg in args:
+        if type(arg) is tensor:
+            boxed = True
+            values.append(arg._data)
+            parents.append(arg._node)
+            external = external or arg._external
+            if arg._node is not None:
+                tracked = True
+        else:
+            values.append(arg)
+            parents.append(None)
+    xp, where, values = backend.place(op.name, values)
+    tracked = tracked and recording.on
+    forward = op.residual[0] if op.residual is not None and tracked else op.forward
+    if where.kind == "cpu":
+        out = forward(xp, *values, **params)
+    else:
+        external = external or any(p is None and type(a) is not tensor for p, a in zip(parents, args, strict=True))
+        with backend.activate(where):
+            out = forward(xp, *values, **params)
+    if not boxed:
+        return out
+    kept: list[Any] = []
+    if forward is not op.forward:
+        out, *kept = out
+    external = external and op.kind != "elementwise"
+    results = (out,) if op.outputs == 1 else tuple(out)
+    for part in results:
+        # Memory that only the new Tensor reaches becomes read-only: nothing saved from it can change.
+        if type(part) is ndarray and part.base is None and not any(part is value for value in values):
+            part.flags.writeable = False
+    node = _record(op, args, values, parents, params, results, where) if tracked else None
+    if kept and node is not None:
+        node.saved += tuple(kept)  # type: ignore[operator]  # just recorded
+    if op.outputs == 1:
+        return box(out, node, external)
+    return tuple(
+        box(part, None if node is None else output_node(node, i, part), external) for i, part in enumerate(results)
+    )
+
+
+def box(data: Array, node: Node | None, external: bool = False) -> Any:
+    """Make a Tensor of an array and its place on the tape."""
+    result = _new_tensor(_Tensor)
+    result._data = data
+    result._node = node
+    result._external = external
+    return result
+
+
+def _record(
+    op: Op,
+    args: Sequence[Any],
+    values: list[Any],
+    parents: list[Node | None],
+    params: dict[str, Any],
+    outputs: tuple[Any, ...],
+    where: backend.Device,
+) -> Node | None:
+    if not all(numpy.dtype(part.dtype).kind in "fc" for part in outputs):
+        return None  # integers and booleans carry no gradient
+    node = _new_node(Node)
+    node.op = op
+    node.parents = tuple(parents)
+    node.params = params
+    node.guard = None
+    node.seq = next(_sequence)
+    node.shape = outputs[0].shape
+    node.dtype = outputs[0].dtype
+    node.grad = None
+    if op.variadic:
+        kept = set(op.needs[0]) if op.needs else set()
+        keep_arguments = -1 in kept
+    else:
+        kept = {k for i, p in enumerate(parents) if p is not None for k in op.needs[i]} if op.needs else set()
+        keep_arguments = False
+    saved: list[Any] = [None if op.outputs > 1 else Aval(node.shape, node.dtype)]
+    if 0 in kept:
+        mine = tuple(protect(node, part) if type(part) is ndarray else part for part in outputs)
+        saved = [mine if op.outputs > 1 else mine[0]]
+    for position, value in enumerate(values, start=1):
+        if keep_arguments or position in kept:
+            if type(value) is ndarray:
+                value = protect(node, value)
+            elif where.kind == "cuda" and backend.is_cuda_array(value):
+                arg = args[position - 1]
+                # CuPy arrays cannot be made read-only: what the user can reach is copied on the device.
+                if type(arg) is not _Tensor or arg._external:
+                    value = value.copy()
+        elif hasattr(value, "dtype"):
+            value = Aval(value.shape, value.dtype)
+        saved.append(value)
+    node.saved = tuple(saved)
+    return node
+
+
+OUTPUT = Op("output", "linear", lambda xp, x: x, "one of several outputs; its cotangent goes to its place in the parent's")
+
+
+def output_node(parent: Node, index: int, part: Array) -> Node:
+    node = leaf(part)
+    node.op = OUTPUT
+    node.parents = (parent,)
+    node.params = {"index": index}
+    return node
+
+
+def _unary(op: Op) -> Callable[..., Any]:
+    """Call of an elementwise op of one array and no parameters: `_run` with everything known written out."""
+    forward = op.forward
+    keep_y, keep_x = 0 in op.needs[0], 1 in op.needs[0]
+
+    def call(x: Any, /) -> Any:
+        if type(x) is not _Tensor:
+            return forward(numpy, x) if type(x) in HOST_TYPES else _run(op, (x,), NO_PARAMS)
+        data = x._data
+        if type(data) not in HOST_TYPES:
+            return _run(op, (x,), NO_PARAMS)
+        out = forward(numpy, data)
+        result = _new_tensor(_Tensor)
+        result._data = out
+        result._node = None
+        result._external = False
+        if type(out) is ndarray and out.base is None and out is not data:
+            out.flags.writeable = False
+        parent = x._node
+        if parent is not None and recording.on:
+            node = _new_node(Node)
+            node.op = op
+            node.parents = (parent,)
+            node.params = NO_PARAMS
+            node.guard = None
+            node.seq = next(_sequence)
+            node.shape = out.shape
+            node.dtype = out.dtype
+            if keep_x and type(data) is ndarray and (data.flags.writeable or data.base is not None):
+                data = protect(node, data)
+            node.saved = (out if keep_y else None, data if keep_x else None)
+            result._node = node
+        return result
+
+    return call
+
+
+def _binary(op: Op) -> Callable[..., Any]:
+    """Call of an elementwise op of two arrays and no parameters: `_run` with everything known written out."""
+    forward = op.forward
+    # which of (output, x, y) to keep when only x, only y, or both require grad
+    first, second = set(op.needs[0]), set(op.needs[1])
+    kept = tuple(tuple(k in need for k in range(3)) for need in (first, second, first | second))
+
+    def call(x: Any, y: Any, /) -> Any:
+        parent_x = parent_y = None
+        a, b, boxed = x, y, False
+        if type(x) is _Tensor:
+            a, parent_x, boxed = x._data, x._node, True
+        if type(y) is _Tensor:
+            b, parent_y, boxed = y._data, y._node, True
+        if type(a) not in HOST_TYPES or type(b) not in HOST_TYPES:
+            return _run(op, (x, y), NO_PARAMS)
+        out = forward(numpy, a, b)
+        if not boxed:
+            return out
+        result = _new_tensor(_Tensor)
+        result._data = out
+        result._node = None
+        result._external = False
+        if type(out) is ndarray and out.base is None and out is not a and out is not b:
+            out.flags.writeable = False
+        if (parent_x is not None or parent_y is not None) and recording.on:
+            node = _new_node(Node)
+            node.op = op
+            node.parents = (parent_x, parent_y)
+            node.params = NO_PARAMS
+            node.guard = None
+            node.seq = next(_sequence)
+            node.shape = out.shape
+            node.dtype = out.dtype
+            keep_out, keep_x, keep_y = kept[0 if parent_y is None else 1 if parent_x is None else 2]
+            if keep_x and type(a) is ndarray and (a.flags.writeable or a.base is not None):
+                a = protect(node, a)
+            if keep_y and type(b) is ndarray and (b.flags.writeable or b.base is not None):
+                b = protect(node, b)
+            node.saved = (out if keep_out else None, a if keep_x else None, b if keep_y else None)
+            result._node = node
+        return result
+
+    return call
+
+
+def make_function(op: Op, arrays: int, signature: inspect.Signature) -> Callable[..., Any]:
+    """Make the public function of an op: its name, signature and docstring, and the fastest call that fits it.
+
+    The first `arrays` parameters are arrays (a variadic op takes one sequence of them), the others static.
+    """
+    parameters = list(signature.parameters.values())
+    static = [p.name for p in parameters[1 if op.variadic else arrays :]]
+    written_out = op.kind == "elementwise" and op.residual is None and arrays == len(parameters)
+    if written_out and arrays == 1:
+        call = _unary(op)
+    elif written_out and arrays == 2:
+        call = _binary(op)
+        call.__defaults__ = tuple(p.default for p in parameters if p.default is not p.empty) or None
+    elif op.variadic:
+
+        def call(sequence: Any, /, *rest: Any, **params: Any) -> Any:
+            return _run(op, tuple(sequence), _bind(op, static, rest, params))
+    else:
+        defaults = tuple(p.default for p in parameters[:arrays])
+
+        def call(*args: Any, **params: Any) -> Any:
+            if len(args) < arrays:
+                args += tuple(d for d in defaults[len(args) :] if d is not inspect.Parameter.empty)
+            return _run(op, args[:arrays], _bind(op, static, args[arrays:], params))
+
+    call.__name__ = call.__qualname__ = op.name.rpartition(".")[2]
+    call.__doc__ = op.doc
+    call.__signature__ = signature  # type: ignore[attr-defined]  # functions take it, typeshed does not know
+    call.op = op  # type: ignore[attr-defined]
+    return call
+
+
+def _bind(op: Op, names: list[str], values: tuple[Any, ...], params: dict[str, Any]) -> dict[str, Any]:
+    """Join static parameters given by position, by name and by default."""
+    if not values:
+        return op.defaults | params if op.defaults else params
+    if len(values) > len(names) or any(name in params for name in names[: len(values)]):
+        raise TypeError(f"{op.name}: too many arguments; its signature is {inspect.signature(op.function)}")
+    return op.defaults | params | dict(zip(names, values, strict=False))
+
+
+def refuse(op: Op) -> Callable[..., Any]:
+    """Return the rule of an op that has no derivative: it raises NotDifferentiable with the reason."""
+
+    def rule(*_args: Any, **_params: Any) -> Any:
+        raise NotDifferentiable(f"{op.name} has no derivative: {op.reason}; detach its input if that is meant")
+
+    return rule

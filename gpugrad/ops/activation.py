@@ -1,0 +1,129 @@
+"""Activation functions: ReLU, Swish and their relatives, in forms that neither overflow nor lose the tails.
+
+z = beta*x, t = exp(-|z|), s = sigmoid(z) = (z >= 0 ? 1 : t) / (1 + t), c = sigmoid(-z). One exponential gives both
+tails to full relative accuracy; 1 - s would lose every digit of c. Swish: Ramachandran, Zoph & Le 2017; SiLU and
+GELU: Hendrycks & Gimpel 2016; ELU: Clevert et al. 2015.
+"""
+
+import math
+from typing import Any
+
+from gpugrad.declare import elementwise
+from gpugrad.ops.elementwise import exp, in_float32, sigmoid, where
+from gpugrad.ops.special import ndtr
+
+INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+
+relu = elementwise(
+    "relu",
+    forward=lambda xp, x: xp.maximum(x, 0),
+    partials=lambda _y, x: x > 0,
+    domain=[(0.1, 3)],
+    doc="max(x, 0); NaN for NaN. Slope 0 at 0.",
+)
+
+
+def _swish_forward(xp: Any, x: Any, beta: Any) -> Any:
+    # x*s at x = -inf is -inf*0; the limit is -0
+    return xp.where(x == -math.inf, -0.0, x) * _s(xp, beta * x)
+
+
+def _s(xp: Any, z: Any) -> Any:
+    t = xp.exp(-xp.abs(z))
+    return xp.where(z >= 0, 1, t) / (1 + t)
+
+
+def _swish_kept(xp: Any, x: Any, beta: Any) -> Any:
+    """Compute swish and its slope in x together, one exponential for both.
+
+    With |z| <= 80 throughout (the rule), e = exp(-z) serves both tails without a branch an element.
+    """
+    z = beta * x
+    if xp.__name__ == "numpy" and z.size and z.min() > -80 and z.max() < 80:
+        e = xp.exp(-z)
+        s = 1 / (1 + e)
+        slope = e * s
+        slope *= z
+        slope += 1
+        slope *= s
+        return x * s, slope
+    s, c = _s(xp, z), _s(xp, -z)
+    zc = xp.where(xp.abs(z) == math.inf, 0, z) * c
+    return _swish_forward(xp, x, beta), s * (1 + zc)
+
+
+def _finite(x: Any) -> Any:
+    """x, and 0 for an infinite x, where the factor beside it has reached 0."""
+    return where((x == math.inf) | (x == -math.inf), 0 * sigmoid(x), x)
+
+
+def _swish_dx(_y: Any, x: Any, beta: Any) -> Any:
+    z = beta * x
+    return sigmoid(z) * (1 + _finite(z) * sigmoid(-z))
+
+
+def _swish_dbeta(_y: Any, x: Any, beta: Any) -> Any:
+    z = beta * x
+    x = _finite(x)
+    return (x * sigmoid(z)) * (x * sigmoid(-z))
+
+
+swish = elementwise(
+    "swish",
+    forward=in_float32(lambda xp, x, beta=1.0: _swish_forward(xp, x, beta)),
+    partials=(_swish_dx, _swish_dbeta),
+    residual=(
+        in_float32(_swish_kept),
+        (lambda _y, _x, _beta, slope: slope, lambda y, x, beta, _slope: _swish_dbeta(y, x, beta)),
+    ),
+    domain=[(-4, 4), (0.3, 2)],
+    doc="x * sigmoid(beta * x); beta a number or an array that broadcasts, differentiable too.",
+)
+
+
+def silu(x: Any, /) -> Any:
+    """Swish with beta 1: x * sigmoid(x)."""
+    return swish(x, 1.0)
+
+
+log_sigmoid = elementwise(
+    "log_sigmoid",
+    forward=in_float32(lambda xp, x: xp.minimum(x, 0) - xp.log1p(xp.exp(-xp.abs(x)))),
+    partials=lambda _y, x: sigmoid(-x),
+    domain=[(-4, 4)],
+    doc="log(sigmoid(x)) without overflow.",
+)
+softplus = elementwise(
+    "softplus",
+    forward=in_float32(lambda xp, x: xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x)))),
+    partials=lambda _y, x: sigmoid(x),
+    domain=[(-4, 4)],
+    doc="log(1 + exp(x)) without overflow.",
+)
+
+
+def _gelu_slope(_y: Any, x: Any) -> Any:
+    return ndtr(x) + _finite(x) * (INV_SQRT_2PI * exp(-0.5 * x * x))
+
+
+gelu = elementwise(
+    "gelu",
+    forward=in_float32(lambda xp, x: xp.where(x == -math.inf, -0.0, x) * ndtr(x)),
+    partials=_gelu_slope,
+    domain=[(-3, 3)],
+    doc="x * Phi(x), Phi the standard normal distribution function (the exact form, not the tanh approximation).",
+)
+elu = elementwise(
+    "elu",
+    forward=in_float32(lambda xp, x, *, alpha=1.0: xp.where(x > 0, x, alpha * xp.expm1(xp.minimum(x, 0)))),
+    partials=lambda _y, x, *, alpha: where(x > 0, 1 + 0 * x, alpha * exp(where(x > 0, 0 * x, x))),
+    domain=[(-3, -0.1)],
+    doc="x for x > 0, else alpha * (exp(x) - 1).",
+)
+leaky_relu = elementwise(
+    "leaky_relu",
+    forward=lambda xp, x, *, negative_slope=0.01: xp.where(x > 0, x, negative_slope * x),
+    partials=lambda _y, x, *, negative_slope: (x > 0).astype(x.dtype) * (1 - negative_slope) + negative_slope,
+    domain=[(-3, -0.1)],
+    doc="x for x > 0, else negative_slope * x.",
+)

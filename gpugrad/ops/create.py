@@ -1,0 +1,47 @@
+"""Making Tensors from data."""
+
+from typing import Any
+
+from gpugrad import backend
+from gpugrad.op import box
+from gpugrad.tape import new_leaf
+from gpugrad.tensor import Tensor
+
+
+def _plain(obj: Any) -> Any:
+    return obj._data if type(obj) is Tensor else obj
+
+
+def tensor(data: Any, *, dtype: Any = None, device: str | None = None, requires_grad: bool = False) -> Tensor:
+    """Copy data (nested lists, numbers, an array or a Tensor) into a new Tensor.
+
+    dtype: as NumPy infers it if None. device: "cpu", "cuda", "cuda:N" or "auto"; if None, where an array is, and
+    the default device for other data. requires_grad: make it a leaf whose `grad` `backward` fills.
+    Raises NotDifferentiable for requires_grad with a dtype that is not floating point, DeviceUnavailable.
+    """
+    where = None if device is None else backend.as_device(device)
+    array = backend.asarray(_plain(data), dtype=dtype, where=where, copy=True)
+    if array.__class__.__module__ == "numpy":
+        array.flags.writeable = False  # nobody else can reach it: what the tape keeps of it cannot change
+    result: Tensor = box(array, new_leaf(array, "tensor(requires_grad=True)") if requires_grad else None)
+    return result
+
+
+def asarray(obj: Any, *, dtype: Any = None, device: str | None = None, copy: bool | None = None) -> Tensor:
+    """Return obj as a Tensor, sharing the memory of an array where possible (the Array API standard's asarray).
+
+    dtype, device: as for `tensor`; a device given by name is where the result will be. copy: True always copies,
+    False raises ValueError where a copy would be needed, None copies only then.
+    """
+    where = None if device is None else backend.as_device(device)
+    plain = _plain(obj)
+    array = backend.asarray(plain, dtype=dtype, where=where, copy=copy)
+    if type(obj) is Tensor and array is plain:
+        return obj
+    if type(obj) is Tensor and obj._node is not None:
+        from gpugrad.ops.shape import astype, to_device
+
+        moved: Tensor = astype(to_device(obj, device=backend.device_of(array), source=obj.device), dtype=array.dtype)
+        return moved
+    result: Tensor = box(array, None, external=plain is not None and backend.is_array(plain))
+    return result
