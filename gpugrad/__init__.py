@@ -4,7 +4,7 @@ The public names, and nothing else. `Tensor` holds an array and its place on the
 `vjp` transform functions; `Objective` is a loss summed over data, `minimize` drives it down.
 """
 
-from gpugrad import errors
+from gpugrad import errors, nn
 from gpugrad.backend import device, get_device
 from gpugrad.declare import bilinear, case, elementwise, linear, nondiff, primitive
 from gpugrad.errors import (
@@ -19,6 +19,7 @@ from gpugrad.errors import (
     ShapeMismatch,
 )
 from gpugrad.gradcheck import check_grads
+from gpugrad.objective import Objective
 from gpugrad.ops import linalg
 from gpugrad.ops.activation import elu, gelu, leaky_relu, log_sigmoid, relu, silu, softplus, swish
 from gpugrad.ops.create import asarray, tensor

@@ -168,7 +168,7 @@ def test_pandas_frames():
     frame = pd.DataFrame(SMALL)
     same(read_table(frame), read_table(SMALL))
     # the index of a filtered frame holds row numbers, which are no input
-    assert read_table(frame.iloc[[2, 0]]).names == ("size", "count", "kind", "yes")
+    assert read_table(frame.iloc[[2, 0, 1]]).names == ("size", "count", "kind", "yes")
     kinds = read_table(pd.DataFrame({"c": pd.Categorical([10, 2, None]), "n": pd.array([1, None, 3], dtype="Int64")}))
     assert words(kinds, "c") == ["10", "2", None]
     np.testing.assert_array_equal(kinds["n"].values, [1, np.nan, 3])
@@ -176,7 +176,7 @@ def test_pandas_frames():
 
 def test_a_parquet_file_of_a_filtered_pandas_frame_has_no_index_column(tmp_path):
     pd = pytest.importorskip("pandas")
-    pd.DataFrame(SMALL).iloc[[2, 0]].to_parquet(tmp_path / "part.parquet")
+    pd.DataFrame(SMALL).iloc[[2, 0, 1]].to_parquet(tmp_path / "part.parquet")
     assert read_table(tmp_path / "part.parquet").names == ("size", "count", "kind", "yes")
 
 
@@ -199,6 +199,7 @@ def test_arrow_types():
             "view": pa.array(["a", None, "b"], pa.string_view()),
             "dict": pa.DictionaryArray.from_arrays(pa.array([2, None, 1], pa.int8()), pa.array(["z", "b", "a"])),
             "odd": pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), pa.array(["a", None, "a"])),
+            "gap": pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), pa.array([None, "a", "b"])),
             "ints": pa.DictionaryArray.from_arrays(pa.array([0, 1, 1]), pa.array([7, 8])),
             "time": pa.array([0, None, 5], pa.timestamp("s")),
             "list": pa.array([[1], None, [2]]),
@@ -223,6 +224,7 @@ def test_arrow_types():
         assert words(got, name) == ["a", None, "b"], name
     assert words(got, "dict") == ["a", None, "b"]
     assert words(got, "odd") == ["a", None, "a"]
+    assert words(got, "gap") == [None, "a", "b"]
     assert words(got, "ints") == ["7", "8", "8"]
     for name in ("time", "list"):
         assert got[name].kind == "other", name
@@ -335,6 +337,16 @@ def test_csv_details(tmp_path):
     np.testing.assert_array_equal(table["n"].values, [np.nan, 1000, 5])
     path.write_text("a;b\n1;x\n")
     assert read_table(path).names == ("a", "b")
+
+
+def test_lines_within_quotes_in_a_csv_longer_than_one_block(tmp_path):
+    """Blocks are read side by side: none may begin inside a quoted value."""
+    path = tmp_path / "long.csv"
+    quoted = "word,\n" * 2000
+    path.write_text("a,b\n" + f'1,"{quoted}"\n' * 300)
+    table = read_table(path)
+    assert table.rows == 300
+    assert table["b"].categories == (quoted,)
 
 
 def test_a_folder_that_looks_like_a_partition_adds_no_column(small, tmp_path):
@@ -562,6 +574,23 @@ def test_prediction_keeps_every_row_and_counts_unknown_categories():
     assert fitted.transform(table.take([]), with_target=False).X.shape == (0, 3)
 
 
+def test_an_unknown_category_is_not_a_missing_one():
+    text = np.array(["z", "a", None], object)
+    fitted = Preprocessor.fit(read_table({"c": text, "m": [2, 1, np.nan], "y": [1, 2, 3]}), "y", categorical=["m"])
+    assert fitted.feature_names == ["c=a", "c=z", "c is missing", "m=1", "m=2", "m is missing"]
+    table = read_table({"c": np.array(["new", None], object), "m": [7, np.nan]})
+    design = fitted.transform(table, with_target=False)
+    np.testing.assert_array_equal(design.X, [[0] * 6, [0, 0, 1, 0, 0, 1]])
+    assert design.unknown == {"c": {"new": 1}, "m": {"7": 1}}
+
+
+def test_categories_do_not_depend_on_the_order_of_rows():
+    pa = pytest.importorskip("pyarrow")
+    for text in (["q", "p", "r"], ["r", "q", "p"]):
+        fitted = Preprocessor.fit(read_table(pa.table({"c": text, "y": [1, 2, 3]})), "y")
+        assert fitted.categories == {"c": ("p", "q", "r")}
+
+
 def test_unknown_categories_of_dropped_rows_are_not_counted():
     fitted = Preprocessor.fit(read_table({"c": ["a", "b"], "y": [0.0, 1.0]}), "y")
     table = read_table({"c": ["new", "new", "a"], "y": [np.nan, 1.0, 2.0]})
@@ -695,6 +724,14 @@ def test_infinite_values_are_named_with_their_row(name, value):
     expected = f"column {name!r} holds {value!r} in row 2"
     assert expected in refused(Preprocessor.fit, read_table(bad), "y", categorical=["label"])
     assert expected in refused(fitted.transform, read_table(bad))
+
+
+@pytest.mark.parametrize("first", [1.0, np.nan])
+def test_a_value_too_large_is_named_by_its_row_in_any_block(first):
+    fitted = Preprocessor.fit(read_table({"x": [1.0, 2.0], "y": [1, 2]}), "y")
+    x, y = np.ones(10_000), np.ones(10_000)
+    x[8500:], y[0] = 1e200, first
+    assert "'x' holds 1e+200 in row 8500" in refused(fitted.transform, read_table({"x": x, "y": y}))
 
 
 def test_extremes_that_fit_are_encoded():

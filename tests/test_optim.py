@@ -1,5 +1,6 @@
 """The optimisers: on problems with a known minimum, against SciPy, and against PyTorch step by step."""
 
+import itertools
 import math
 
 import numpy as np
@@ -442,7 +443,7 @@ def test_lbfgs_takes_wolfe_steps():
 
     res = optim.minimize(Spy(), obj.start())
     accepted = [next(entry for entry in seen if entry[1] == fun) for fun in res.history["fun"]]
-    for (x, f, g), (x1, f1, g1) in zip(accepted[:-1], accepted[1:], strict=True):
+    for (x, f, g), (x1, f1, g1) in itertools.pairwise(accepted):
         assert f1 <= f + 1e-4 * g @ (x1 - x)
         assert abs(g1 @ (x1 - x)) <= 0.9 * abs(g @ (x1 - x))
         assert (g1 - g) @ (x1 - x) > 0
@@ -685,7 +686,7 @@ def test_mini_batch_runs_are_plain_optimiser_steps():
     """The same numbers as a loop written out, with the mean loss weighted by rows (the last batch is short)."""
     obj = Logistic()
     res = optim.minimize(obj, obj.start(), "adam", lr=0.1, batch_size=30, epochs=3, seed=11)
-    seeds = obj.seeds
+    seeds = list(obj.seeds)
     assert len(set(seeds)) == 3  # a new order each epoch
     params, opt, means = obj.start(), optim.Adam(0.1), []
     for seed in seeds:
@@ -736,7 +737,7 @@ def test_mini_batch_tol_is_the_relative_improvement_of_an_epoch():
     obj = Logistic()
     res = optim.minimize(obj, obj.start(), "adam", lr=0.02, batch_size=25, epochs=500, tol=1e-3)
     fun = res.history["fun"]
-    gains = [(a - b) / a for a, b in zip(fun[:-1], fun[1:], strict=True)]
+    gains = [(a - b) / a for a, b in itertools.pairwise(fun)]
     assert res.success
     assert res.nit < 500
     assert gains[-1] < 1e-3 <= min(gains[:-1])

@@ -411,8 +411,8 @@ def fixed_rate(optimizer: Optimizer, layout: Layout, evaluate: Evaluate) -> Iter
 def backtracking(layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]:
     """Gradient descent with Armijo's rule (Nocedal & Wright, algorithm 3.1).
 
-    The first trial is the last step, or twice that if the last step was taken at once. The constant 0.3 (Boyd & Vandenberghe 9.2 name 0.01 to 0.3) keeps steps off the stability limit 2/L,
-    near which gradient descent only zigzags.
+    The first trial is the last step, or twice that if the last step was taken at once. The constant 0.3 (Boyd &
+    Vandenberghe 9.2 name 0.01 to 0.3) keeps steps off the stability limit 2/L, near which the iterates only zigzag.
     """
     xp, eps = layout.xp, max(float(numpy.finfo(dtype).eps) for dtype in layout.work)
     rule = GradientDescent(0.0)
@@ -421,7 +421,8 @@ def backtracking(layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]
     def look(arrays: list[Array]) -> tuple[list[Array], float, float, float]:
         value, grads = evaluate(arrays)
         fun, grad_norm, square = to_host(xp, value, max_norm(xp, grads), squared_norm(xp, grads))
-        return grads, fun, grad_norm, square
+        # A copy: the objective may use the memory again at the next trial.
+        return [grad.copy() for grad in grads], fun, grad_norm, square
 
     arrays = layout.start
     grads, fun, grad_norm, square = look(arrays)

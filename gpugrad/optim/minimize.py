@@ -215,10 +215,10 @@ def _mini_batch(
             order = int(numpy.random.SeedSequence([seed, epoch]).generate_state(1)[0])
             for batch in obj.batches(batch_size, order):
                 value, grads = problem.evaluate(_evaluator(batch), arrays)
-                first = value if first is None else first
                 arrays = optimizer.advance(arrays, grads)
                 # Losses of a batch may be float32; the sum over an epoch is not.
                 wide = value if isinstance(value, (int, float)) else value.astype(xp.float64)
+                first = wide if first is None else first
                 total, rows = total + wide * batch.rows, rows + batch.rows
             if not rows:
                 raise ValueError(f"obj.batches({batch_size}, seed) gave no rows in epoch {epoch}")
