@@ -33,7 +33,7 @@ class Device(str):
         return self.partition(":")[0]
 
     @property
-    def index(self) -> int:
+    def number(self) -> int:
         """Number of the device among its kind; 0 for the CPU."""
         return int(self.partition(":")[2] or 0)
 
@@ -145,7 +145,7 @@ def device(spec: str) -> Iterator[Device]:
 
 def activate(where: Device) -> Any:
     """Context in which kernels launch on `where` (CuPy launches on the current device, not on the arrays' own)."""
-    return nullcontext() if where.kind == "cpu" else cupy().cuda.Device(where.index)
+    return nullcontext() if where.kind == "cpu" else cupy().cuda.Device(where.number)
 
 
 def is_cuda_array(obj: object) -> bool:

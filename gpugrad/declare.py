@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gpugrad.op import Op, make_function, refuse, register
 
 Rule = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 class Case(NamedTuple):
@@ -26,7 +27,9 @@ class Case(NamedTuple):
     high: float
 
 
-def case(*shapes: Any, through: Callable[..., Any] | None = None, low: float = -2.0, high: float = 2.0, **params: Any) -> Case:
+def case(
+    *shapes: Any, through: Callable[..., Any] | None = None, low: float = -2.0, high: float = 2.0, **params: Any
+) -> Case:
     """Describe a call by the shapes of its random arguments (uniform in low..high) and its static parameters.
 
     An argument that is not a shape tuple is passed as it is. `through` is applied to each random argument first,
@@ -51,8 +54,8 @@ def elementwise(
     partial(y, x, ...) = dy/dx as an array, or an integer where it is constant; forward and reverse rules both
     follow from them. domain: an interval an argument, strictly inside which the op is smooth (tests draw from it).
     masks: the op may drop some of its input (`where`), and slopes that are infinite there must not spoil the rest.
-    residual: (forward that returns (array, intermediate), partials that take the intermediate last), where a first-order
-    sweep is cheaper so; the arguments are saved then in any case.
+    residual: (forward that returns (array, intermediate), partials that take the intermediate last), where a
+    first-order sweep is cheaper so.
     Raises ValueError for a name taken, or a number of partials that does not fit.
     """
     rules = (partials,) if callable(partials) or isinstance(partials, int) else tuple(partials)

@@ -14,9 +14,7 @@ from gpugrad.ops.activation import swish
 Params = list[dict[str, Any]]
 
 
-def init_mlp(
-    sizes: Sequence[int], *, seed: int = 0, dtype: Any = numpy.float32, device: str | None = None
-) -> Params:
+def init_mlp(sizes: Sequence[int], *, seed: int = 0, dtype: Any = numpy.float32, device: str | None = None) -> Params:
     """Return random parameters of a multilayer perceptron: for each layer W (inputs, outputs) and b (outputs,).
 
     sizes: inputs, hidden widths..., outputs. W is normal with variance 2 / inputs (He et al. 2015), 1 / inputs in the
@@ -39,8 +37,8 @@ def init_mlp(
     return params
 
 
-def mlp(params: Params, X: Any, activation: Callable[[Any], Any] = swish) -> Any:  # noqa: N803  # a matrix
+def mlp(params: Params, X: Any, activation: Callable[[Any], Any] = swish) -> Any:  # a matrix
     """Apply a multilayer perceptron: (rows, inputs) -> (rows, outputs). No activation after the last layer."""
     for layer in params[:-1]:
-        X = activation(X @ layer["W"] + layer["b"])  # noqa: N806
+        X = activation(X @ layer["W"] + layer["b"])
     return X @ params[-1]["W"] + params[-1]["b"]

@@ -27,8 +27,11 @@ from gpugrad.tape import force_grad, new_leaf, no_grad, own, reachable, sweep
 from gpugrad.tensor import Tensor
 from gpugrad.transforms import value_and_grad
 
-# An operand of a block: small enough for the caches, large enough that a NumPy call is work and not overhead.
+# A block's rows of the data, read from memory once, and its widest intermediate, which must stay in the second-level
+# cache: large enough that a NumPy call is work and not overhead. Found by measurement, see docs/performance.md.
+DATA_BYTES = 4 << 20
 OPERAND_BYTES = 2 << 20
+WORTH_A_THREAD = 512 << 10
 # What all blocks in flight may keep on their tapes together, on the CPU and on a GPU.
 HOST_TAPE_BYTES = 40 << 20
 CUDA_TAPE_BYTES = 2 << 30
@@ -243,10 +246,9 @@ class Objective:
         losses = self._losses(tensors, structure, start, size)
         values = losses._data if type(losses) is Tensor else losses
         part = values.sum(dtype=numpy.float64)
-        if self.device.kind == "cpu":
-            if not math.isfinite(part) and into.bad is None:
-                row = int(numpy.argmin(numpy.isfinite(values)))
-                into.bad = (block, start + row, row, values[row])
+        if self.device.kind == "cpu" and into.bad is None and not math.isfinite(part):
+            row = int(numpy.argmin(numpy.isfinite(values)))
+            into.bad = (block, start + row, row, values[row])
         into.total = into.total + part
         if not gradients:
             return
@@ -317,7 +319,7 @@ class Objective:
 
     def _fitting_rows(self, arrays: list[Any], structure: Any) -> int:
         probe = min(64, self.rows)
-        wide = max(math.prod(a.shape[1:]) * a.dtype.itemsize for a in self.data)
+        data = max(math.prod(a.shape[1:]) * a.dtype.itemsize for a in self.data)
         with force_grad(), numpy.errstate(all="ignore"):
             tensors = [box(a, new_leaf(a, "Objective")) for a in arrays]
             losses = self._losses(tensors, structure, 0, probe)
@@ -327,20 +329,21 @@ class Objective:
                 for n in (reachable([node]) if node is not None else ())
                 if n.op is not None and math.prod(n.shape) >= probe
             ]
-        wide = max([wide, *sizes, 1])
+        wide = max([*sizes, 1])
         # a result, what its rule keeps besides, and a cotangent
-        taped = 3 * sum(sizes) + wide
+        taped = 3 * sum(sizes) + data
         if self.device.kind == "cuda":
             return int(max(1, CUDA_TAPE_BYTES // taped))
-        rows = int(min(OPERAND_BYTES // wide, HOST_TAPE_BYTES / self._threads // taped))
+        rows = int(min(DATA_BYTES / data, OPERAND_BYTES / wide, HOST_TAPE_BYTES / self._threads / taped))
         if self.rows < rows * self._threads * 2:
-            rows = -(-self.rows // (2 * self._threads))  # leave every thread something to do
+            # leave every thread something to do, if there is something to do
+            rows = min(rows, max(-(-self.rows // (2 * self._threads)), int(WORTH_A_THREAD / max(data, wide))))
         return max(1, min(rows, 1 << 17))
 
     def _report(self, block: int, row: int, within: int, value: Any) -> None:
         raise NonFiniteLoss(
-            f"Objective: the loss is {value} at row {row} of the data (block {block}, row {within} in it) and not finite; "
-            "look at that row and the parameters"
+            f"Objective: the loss is {value} at row {row} of the data (block {block}, row {within} in it), not "
+            "finite; look at that row and the parameters"
         )
 
 

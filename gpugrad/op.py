@@ -42,9 +42,9 @@ class Aval(NamedTuple):
 class Op:
     """One operation. Made by the five declarations of `gpugrad.declare`; read by tape, tests, docs and benchmarks.
 
-    `residual`, where an elementwise op has it, is a forward that also returns an intermediate, and partials that take it
-    as a last argument: a cheaper first-order sweep. `partials` (elementwise) or `vjps` (other kinds) hold one rule an array argument; `needs[i]` tells which
-    values rule i keeps: 0 is the output, k the k-th argument.
+    `partials` (elementwise) or `vjps` (other kinds) hold one rule an array argument; `needs[i]` tells which values rule
+    i keeps: 0 is the output, k the k-th argument, -1 all arguments. `residual`, where an elementwise op has it, is a
+    forward that also returns an intermediate, and partials that take it last: a cheaper first-order sweep.
     """
 
     name: str
@@ -307,7 +307,9 @@ def _record(
     return node
 
 
-OUTPUT = Op("output", "linear", lambda xp, x: x, "one of several outputs; its cotangent goes to its place in the parent's")
+OUTPUT = Op(
+    "output", "linear", lambda xp, x: x, "one of several outputs; its cotangent goes to its place in the parent's"
+)
 
 
 def output_node(parent: Node, index: int, part: Array) -> Node:

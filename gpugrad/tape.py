@@ -12,6 +12,8 @@ op brings partial derivatives, any other a vjp per argument.
     n4 = n3+n1          leaves keep theirs: df/dx = 4, df/dy = 2
 """
 
+import math
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ContextDecorator
@@ -30,7 +32,7 @@ from gpugrad.tensor import Tensor
 OUTPUT = _op.OUTPUT
 
 
-class no_grad(ContextDecorator, AbstractContextManager[None]):  # noqa: N801  # used like a function
+class no_grad(ContextDecorator, AbstractContextManager[None]):  # used like a function
     """Stop recording in this thread, as a context manager or a decorator."""
 
     _on = False
@@ -46,7 +48,7 @@ class no_grad(ContextDecorator, AbstractContextManager[None]):  # noqa: N801  # 
         recording.on = self._before.pop()
 
 
-class force_grad(no_grad):  # noqa: N801
+class force_grad(no_grad):
     """Record in this thread even inside `no_grad`: what the transforms and `Tape` do."""
 
     _on = True
@@ -64,8 +66,8 @@ def reachable(outputs: Iterable[Node]) -> list[Node]:
     return sorted(seen, key=_age)
 
 
-def _age(node: Node) -> int:
-    return node.seq
+_age = operator.attrgetter("seq")
+_BOOL = numpy.dtype(bool)
 
 
 def sweep(
@@ -85,7 +87,7 @@ def sweep(
     NotDifferentiable.
     """
     order = reachable(node for node, _ in outputs) if nodes is None else nodes
-    useful = None
+    useful: set[Node] | None = None
     wanted: frozenset[Node] = frozenset()
     if targets is not None:
         wanted = frozenset(targets)
@@ -101,75 +103,79 @@ def sweep(
     results: dict[Node, Any] = {}
     masked: set[Node] = set()
     # An infinite slope is an answer here, not a mishap to warn about; forward keeps NumPy's own warnings.
-    with force_grad() if create else no_grad(), numpy.errstate(all="ignore"):
-        for node in reversed(order):
-            g = cotangents.pop(node, None)
-            op = node.op
-            if g is None:
-                if not keep and op is not None:
-                    node.saved, node.parents, node.guard = None, (), None
-                continue
-            if op is None or node in wanted:
-                results[node] = g
-                if op is None:
+    recorded, recording.on = recording.on, create
+    try:
+        with numpy.errstate(all="ignore"):
+            for node in reversed(order):
+                g = cotangents.pop(node, None)
+                op = node.op
+                if g is None:
+                    if not keep and op is not None:
+                        node.saved, node.parents, node.guard = None, (), None
                     continue
-            if op is OUTPUT:
-                if node.saved is None:
-                    _freed()
-                parent = node.parents[0]
-                if useful is None or parent in useful:
-                    parts = cotangents.setdefault(parent, [None] * parent.op.outputs)  # type: ignore[union-attr, arg-type]
-                    index = node.params["index"]
-                    parts[index] = g if parts[index] is None else parts[index] + g
-                if not keep:
-                    node.saved, node.parents = None, ()
-                continue
-            saved = node.saved
-            if saved is None:
-                _freed()
-            if node.guard is not None:
-                verify(node)
-            partials = op.partials
-            if create:
-                saved = _linked(node)
-            elif op.residual is not None:
-                partials = op.residual[1]
-            parents = node.parents
-            params = node.params
-            in_mask = bool(masked) and node in masked
-            if op.masks or in_mask:
-                masked.update(p for p in parents if p is not None)
-            for i, parent in enumerate(parents):
-                if parent is None or (useful is not None and parent not in useful):
+                if op is None or node in wanted:
+                    results[node] = g
+                    if op is None:
+                        continue
+                if op is OUTPUT:
+                    if node.saved is None:
+                        raise _freed()
+                    parent = node.parents[0]
+                    if useful is None or parent in useful:
+                        parts = cotangents.setdefault(parent, [None] * parent.op.outputs)  # type: ignore[union-attr, arg-type]
+                        index = node.params["index"]
+                        parts[index] = g if parts[index] is None else parts[index] + g
+                    if not keep:
+                        node.saved, node.parents = None, ()
                     continue
-                if partials is not None:
-                    partial = partials[i]
-                    if partial.__class__ is int:
-                        gi = g if partial == 1 else -g if partial == -1 else g * partial
-                    else:
-                        partial = partial(*saved, **params) if params else partial(*saved)
-                        if getattr(partial, "dtype", None) == numpy.bool_:
-                            gi = _selected(g, partial)
+                saved = node.saved
+                if saved is None:
+                    raise _freed()
+                if node.guard is not None:
+                    verify(node)
+                partials = op.partials
+                if create:
+                    saved = _linked(node)
+                elif op.residual is not None:
+                    partials = op.residual[1]
+                parents = node.parents
+                params = node.params
+                in_mask = bool(masked) and node in masked
+                if in_mask or (op.masks and _drops(node)):
+                    masked.update(p for p in parents if p is not None)
+                for i, parent in enumerate(parents):
+                    if parent is None or (useful is not None and parent not in useful):
+                        continue
+                    if partials is not None:
+                        partial = partials[i]
+                        if partial.__class__ is int:
+                            gi = g if partial == 1 else -g if partial == -1 else g * partial
                         else:
-                            gi = _masked_product(g, partial) if in_mask else g * partial
-                elif op.variadic:
-                    gi = op.vjps[0](i, g, *saved, **params)
-                else:
-                    gi = op.vjps[i](g, *saved, **params)
-                # Broadcasting is undone here, once for all ops.
-                if gi.shape != parent.shape:
-                    gi = unbroadcast(gi, parent.shape)
-                if gi.dtype != parent.dtype:
-                    gi = gi.astype(parent.dtype)
-                before = cotangents.get(parent)
-                cotangents[parent] = gi if before is None else before + gi
-            if not keep:
-                node.saved, node.parents, node.guard = None, (), None
+                            partial = partial(*saved, **params) if params else partial(*saved)
+                            if getattr(partial, "dtype", None) == _BOOL:
+                                gi = _selected(g, partial)
+                            else:
+                                gi = _masked_product(g, partial) if in_mask else g * partial
+                    elif op.variadic:
+                        gi = op.vjps[0](i, g, *saved, **params)
+                    else:
+                        gi = op.vjps[i](g, *saved, **params)
+                    # Broadcasting is undone here, once for all ops.
+                    if gi.shape != parent.shape:
+                        gi = unbroadcast(gi, parent.shape)
+                    if gi.dtype != parent.dtype:
+                        gi = gi.astype(parent.dtype)
+                    before = cotangents.get(parent)
+                    cotangents[parent] = gi if before is None else before + gi
+                if not keep:
+                    node.saved, node.parents, node.guard = None, (), None
+    finally:
+        recording.on = recorded
     return results
 
 
-def _freed() -> None:
-    raise GraphFreed(
+def _freed() -> GraphFreed:
+    return GraphFreed(
         "the graph was freed by an earlier backward(); use retain_graph=True there, or Tape(persistent=True)"
     )
 
@@ -185,6 +191,12 @@ def _linked(node: Node) -> tuple[Any, ...]:
     for value, parent in zip(arguments, node.parents, strict=True):
         linked.append(box(value, parent) if backend.is_array(value) else value)
     return (out, *linked)
+
+
+def _drops(node: Node) -> bool:
+    """Tell whether an op that masks drops any of its input here: a linear one (indexing) only if it gets smaller."""
+    parent = node.parents[0]
+    return node.op.kind != "linear" or math.prod(node.shape) < math.prod(parent.shape)  # type: ignore[union-attr]
 
 
 def _masked_product(g: Any, partial: Any) -> Any:
@@ -253,9 +265,7 @@ def as_cotangent(given: Any, output: Tensor, *, create: bool = False) -> Any:
     return box(value, None) if create else value
 
 
-def backward(
-    output: Tensor, gradient: Any = None, *, retain_graph: bool = False, create_graph: bool = False
-) -> None:
+def backward(output: Tensor, gradient: Any = None, *, retain_graph: bool = False, create_graph: bool = False) -> None:
     """Add d output / d leaf to the `grad` of every leaf that the output was computed from.
 
     gradient: the cotangent of the output, of its shape; may be left out for a scalar. retain_graph: allow another
@@ -268,7 +278,9 @@ def backward(
             f"backward: this tensor (shape {output.shape}, dtype {output.dtype}) does not depend on a tensor that "
             "requires grad; set requires_grad=True on a leaf, and compute outside no_grad"
         )
-    cotangent = ones_like(node, output._data) if gradient is None else as_cotangent(gradient, output, create=create_graph)
+    cotangent = (
+        ones_like(node, output._data) if gradient is None else as_cotangent(gradient, output, create=create_graph)
+    )
     if create_graph and type(cotangent) is not Tensor:
         cotangent = box(cotangent, None)
     shared: set[int] = set()
@@ -382,7 +394,7 @@ class Tape(AbstractContextManager["Tape"]):
             if create and type(given) is not Tensor:
                 given = box(given, None)
             keep = self._persistent or create
-            results = sweep([(target._node, given)], nodes, keep=keep, create=create, nodes=order)  # type: ignore[arg-type]
+            results = sweep([(target._node, given)], nodes, keep=keep, create=create, nodes=order)
         gradients = []
         handed_out: set[int] = set()
         for source, node in zip(leaves, nodes, strict=True):

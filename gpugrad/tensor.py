@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy
+from numpy import ndarray
 
 from gpugrad import backend
 from gpugrad import op as _op
@@ -96,7 +97,7 @@ class Tensor:
 
     # ------------------------------------------------------------------------- to the host: these synchronise
 
-    def numpy(self) -> "numpy.ndarray[Any, Any]":
+    def numpy(self) -> "ndarray[Any, Any]":
         """Return the values as a numpy.ndarray: a read-only view from the CPU, a copy from CUDA."""
         return numpy.asarray(backend.to_device(self._data, backend.CPU))
 
@@ -104,7 +105,7 @@ class Tensor:
         """Return the only element as a Python number. Raises ValueError if there are more."""
         return self._data.item()
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "numpy.ndarray[Any, Any]":
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "ndarray[Any, Any]":
         if self.device.kind != "cpu":
             raise DeviceMismatch(f"numpy.asarray of a Tensor on {self.device} would copy it unasked; use t.numpy()")
         return numpy.array(self._data, dtype=dtype, copy=copy)
@@ -145,9 +146,7 @@ class Tensor:
 
     if TYPE_CHECKING:  # attached by gpugrad.tape and gpugrad.ops
 
-        def backward(
-            self, gradient: Any = None, *, retain_graph: bool = False, create_graph: bool = False
-        ) -> None: ...
+        def backward(self, gradient: Any = None, *, retain_graph: bool = False, create_graph: bool = False) -> None: ...
         def __add__(self, other: Any) -> "Tensor": ...
         def __radd__(self, other: Any) -> "Tensor": ...
         def __sub__(self, other: Any) -> "Tensor": ...
@@ -187,9 +186,9 @@ class Tensor:
         def _masked_product(self, slope: Any) -> "Tensor": ...
         def _selected(self, condition: Any) -> "Tensor": ...
         @property
-        def T(self) -> "Tensor": ...  # noqa: N802  # the standard's name
+        def T(self) -> "Tensor": ...  # the standard's name
         @property
-        def mT(self) -> "Tensor": ...  # noqa: N802
+        def mT(self) -> "Tensor": ...
 
 
 def _restore(data: Array, device: str, requires_grad: bool) -> Tensor:

@@ -27,6 +27,7 @@ class _Inputs:
     """The differentiated arguments: their leaves as given, as Tensors, and their places on the tape."""
 
     def __init__(self, arguments: Sequence[Any], asker: str) -> None:
+        self.given: list[Any]
         self.given, self.structure = optree.tree_flatten(tuple(arguments))  # type: ignore[arg-type]
         outer = recording.on
         self.nodes: list[Node] = []
@@ -53,7 +54,9 @@ class _Inputs:
                 data = data.copy()
                 data.flags.writeable = False
         elif isinstance(given, (bool, int)):
-            raise NotDifferentiable(f"{asker}: a gradient with respect to the integer {given!r}; write {float(given)!r}")
+            raise NotDifferentiable(
+                f"{asker}: a gradient with respect to the integer {given!r}; write {float(given)!r}"
+            )
         else:
             raise TypeError(f"{asker}: cannot differentiate a {type(given).__name__}; expected array, Tensor or float")
         tensor: Tensor = box(data, new_leaf(data, asker), external=backend.is_cuda_array(given))
@@ -154,7 +157,7 @@ def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[
         return out, {}  # a constant
     if out.shape != ():
         raise ShapeMismatch(
-            f"grad of {name}: it returned shape {out.shape}, expected a scalar; reduce it (.sum() or .mean()), or use vjp"
+            f"grad of {name}: it returned shape {out.shape}, expected a scalar: take .sum() or .mean(), or use vjp"
         )
     if out.dtype.kind != "f":
         raise NotDifferentiable(f"grad of {name}: it returned dtype {out.dtype}, expected floating point")
@@ -214,7 +217,9 @@ def vjp(fun: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tu
     plain: set[int] = set()
     tensors = any(type(given) is Tensor for given in inputs.given)
     kind = next((g for g in inputs.given if type(g) is Tensor), inputs.given[0] if inputs.given else 0.0)
-    shown = [o if type(o) is not Tensor or create else _like(o._data, kind if tensors else o.data, plain) for o in outputs]
+    shown = [
+        o if type(o) is not Tensor or create else _like(o._data, kind if tensors else o.data, plain) for o in outputs
+    ]
 
     def pull(cotangent: Any) -> tuple[Any, ...]:
         given, got = optree.tree_flatten(cotangent)

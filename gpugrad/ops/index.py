@@ -5,7 +5,7 @@ from typing import Any
 import numpy
 
 from gpugrad import backend
-from gpugrad.declare import case, linear
+from gpugrad.declare import Function, case, linear
 from gpugrad.errors import DeviceMismatch, ShapeMismatch
 
 
@@ -39,7 +39,7 @@ _getitem = linear(
     masks=True,
     doc="x[index], index of integers, slices, masks and integer arrays.",
 )
-scatter = linear(
+scatter: Function = linear(
     "scatter",
     forward=_scatter_into,
     transpose=lambda g, _g, *, shape, index: _getitem(g, index=index),

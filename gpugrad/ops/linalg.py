@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpugrad import backend
-from gpugrad.declare import bilinear, case, linear, primitive
+from gpugrad.declare import Function, bilinear, case, linear, primitive
 from gpugrad.errors import ShapeMismatch
 from gpugrad.ops.elementwise import abs as _abs
 from gpugrad.ops.elementwise import where
@@ -44,7 +44,7 @@ def _matmul_dy(g: Any, x: Any, _y: Any) -> Any:
     return matmul(matrix_transpose(x), g)
 
 
-matmul = bilinear(
+matmul: Function = bilinear(
     "matmul",
     forward=lambda xp, x, y: xp.matmul(x, y),
     transposes=(_matmul_dx, _matmul_dy),
@@ -91,7 +91,7 @@ def _tensordot_dy(g: Any, x: Any, _y: Any, *, axes: Any) -> Any:
     return permute_dims(out, axes=tuple(order.index(i) for i in range(_y.ndim)))
 
 
-tensordot = bilinear(
+tensordot: Function = bilinear(
     "tensordot",
     forward=lambda xp, x, y, *, axes=2: xp.tensordot(x, y, axes=axes),
     transposes=(_tensordot_dx, _tensordot_dy),
@@ -247,7 +247,7 @@ vector_norm2 = primitive(
 )
 
 
-def norm(x: Any, /, *, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002  # NumPy's name
+def norm(x: Any, /, *, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # NumPy's name
     """Norm over axis: of vectors (one axis), or of matrices (two).
 
     ord: None or 2 the Euclidean, 1, inf, -inf or p for vectors; None or "fro", "nuc", 1, 2, inf for matrices. With
@@ -326,7 +326,7 @@ def _solve_da(g: Any, y: Any, a: Any, _b: Any) -> Any:
     return -matmul(u, matrix_transpose(y))
 
 
-solve = primitive(
+solve: Function = primitive(
     "solve",
     forward=lambda xp, a, b: _solve(xp, a, b),
     vjp=(_solve_da, lambda g, _y, a, _b: _solve_broadcast(a, g, _b)),
@@ -346,7 +346,7 @@ def _solve_broadcast(a: Any, g: Any, _b: Any) -> Any:
     return solve(at, g)
 
 
-inv = primitive(
+inv: Function = primitive(
     "inv",
     forward=lambda xp, x: xp.linalg.inv(x),
     vjp=lambda g, y, _x: -matmul(matrix_transpose(y), matmul(g, matrix_transpose(y))),
@@ -369,7 +369,7 @@ def _det_vjp(g: Any, y: Any, x: Any) -> Any:
     return g * y.reshape(g.shape) * matrix_transpose(inv(x))
 
 
-det = primitive(
+det: Function = primitive(
     "det",
     forward=lambda xp, x: xp.linalg.det(x),
     vjp=_det_vjp,

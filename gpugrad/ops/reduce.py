@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy
 
-from gpugrad.declare import case, linear, nondiff, primitive
+from gpugrad.declare import Function, case, linear, nondiff, primitive
 from gpugrad.ops.elementwise import exp, square, where
 from gpugrad.ops.elementwise import sqrt as _sqrt
 from gpugrad.ops.shape import broadcast_to, eye_like, flip, permute_dims
@@ -22,7 +22,7 @@ def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def restore(g: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     """Give a reduced array its reduced axes back, with length 1, so that it broadcasts against x."""
-    if keepdims or axis is None and not x.ndim:
+    if keepdims or (axis is None and not x.ndim):
         return g
     axes = axes_of(axis, x.ndim)
     return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
@@ -56,7 +56,7 @@ _REDUCTIONS = (
     case((0, 3), axis=0),
 )
 
-sum = linear(  # noqa: A001  # the standard's name
+sum = linear(  # the standard's name
     "sum",
     forward=lambda xp, x, *, axis=None, keepdims=False: wide_sum(xp, x, axis, keepdims),
     transpose=_spread,
@@ -129,7 +129,7 @@ def _others_vjp(g: Any, _y: Any, x: Any) -> Any:
     return where(eye, 0.0, pairs).sum(axis=-2)
 
 
-product_of_others = primitive(
+product_of_others: Function = primitive(
     "product_of_others",
     forward=_product_of_others,
     vjp=_others_vjp,
@@ -144,7 +144,7 @@ def _extremum_vjp(g: Any, y: Any, x: Any, *, axis: Axis, keepdims: bool) -> Any:
     return restore(g, x, axis, keepdims) * share
 
 
-max = primitive(  # noqa: A001  # the standard's name
+max = primitive(  # the standard's name
     "max",
     forward=lambda xp, x, *, axis=None, keepdims=False: xp.max(x, axis=axis, keepdims=keepdims),
     vjp=_extremum_vjp,
@@ -152,7 +152,7 @@ max = primitive(  # noqa: A001  # the standard's name
     masks=True,
     doc="Largest element over axis; ties share the cotangent evenly. NaN if there is one.",
 )
-min = primitive(  # noqa: A001  # the standard's name
+min = primitive(  # the standard's name
     "min",
     forward=lambda xp, x, *, axis=None, keepdims=False: xp.min(x, axis=axis, keepdims=keepdims),
     vjp=_extremum_vjp,
@@ -178,7 +178,7 @@ def _safe_sqrt(x: Any) -> Any:
     return where(positive, _sqrt(where(positive, x, 1)), 0 * x)
 
 
-cumulative_sum = linear(
+cumulative_sum: Function = linear(
     "cumulative_sum",
     forward=lambda xp, x, *, axis=0: xp.cumsum(
         x, axis=axis, dtype=numpy.float32 if x.dtype == numpy.float16 else None
@@ -264,13 +264,13 @@ argmin = nondiff(
     doc="Index of the smallest element along axis.",
 )
 _TRUTH = "its result is boolean"
-all = nondiff(  # noqa: A001  # the standard's name
+all = nondiff(  # the standard's name
     "all",
     forward=lambda xp, x, *, axis=None, keepdims=False: xp.all(x, axis=axis, keepdims=keepdims),
     reason=_TRUTH,
     doc="Whether every element over axis is true.",
 )
-any = nondiff(  # noqa: A001  # the standard's name
+any = nondiff(  # the standard's name
     "any",
     forward=lambda xp, x, *, axis=None, keepdims=False: xp.any(x, axis=axis, keepdims=keepdims),
     reason=_TRUTH,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy
 
 from gpugrad import backend
-from gpugrad.declare import case, linear, primitive
+from gpugrad.declare import Function, case, linear, primitive
 from gpugrad.errors import ShapeMismatch
 
 
@@ -36,7 +36,7 @@ def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axes.index(i) for i in range(len(axes)))
 
 
-permute_dims = linear(
+permute_dims: Function = linear(
     "permute_dims",
     forward=lambda xp, x, *, axes: xp.permute_dims(x, axes),
     transpose=lambda g, _x, *, axes: permute_dims(g, axes=_inverse(axes)),
@@ -119,7 +119,7 @@ def stack(arrays: Sequence[Any], /, *, axis: int = 0) -> Any:
     return _concat([expand_dims(a, axis=axis) for a in arrays], axis=axis)
 
 
-flip = linear(
+flip: Function = linear(
     "flip",
     forward=lambda xp, x, *, axis=None: xp.flip(x, axis=axis),
     transpose=lambda g, _x, *, axis: flip(g, axis=axis),
@@ -132,7 +132,7 @@ def _negated(shift: Any) -> Any:
     return -shift if isinstance(shift, int) else tuple(-s for s in shift)
 
 
-roll = linear(
+roll: Function = linear(
     "roll",
     forward=lambda xp, x, *, shift, axis=None: xp.roll(x, shift, axis=axis),
     transpose=lambda g, _x, *, shift, axis: roll(g, shift=_negated(shift), axis=axis),
@@ -179,20 +179,18 @@ def pad(x: Any, /, pad_width: Any, *, constant_values: float = 0) -> Any:
     return _pad(x, pad_width=_pad_widths(pad_width, x.ndim), constant_values=constant_values)
 
 
-triu = linear(
+triu: Function = linear(
     "triu",
     forward=lambda xp, x, *, k=0: xp.triu(x, k=k),
     transpose=lambda g, _x, *, k: triu(g, k=k),
     domain=(case((3, 4)), case((2, 3, 3), k=1)),
-    masks=True,
     doc="Upper triangle of the matrices (..., m, n), zero below diagonal k.",
 )
-tril = linear(
+tril: Function = linear(
     "tril",
     forward=lambda xp, x, *, k=0: xp.tril(x, k=k),
     transpose=lambda g, _x, *, k: tril(g, k=k),
     domain=(case((3, 4)), case((2, 3, 3), k=-1)),
-    masks=True,
     doc="Lower triangle of the matrices (..., m, n), zero above diagonal k.",
 )
 
@@ -203,11 +201,10 @@ astype = linear(
     domain=(case((3,), dtype="float64"),),
     doc="Cast to another dtype; the cotangent is cast back.",
 )
-to_device = linear(
+to_device: Function = linear(
     "to_device",
     forward=lambda xp, x, *, device, source: backend.to_device(x, device),
     transpose=lambda g, _x, *, device, source: to_device(g, device=source, source=device),
     domain=(case((3,), device=backend.CPU, source=backend.CPU),),
     doc="Move to another device; the cotangent moves back.",
 )
-

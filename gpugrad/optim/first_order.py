@@ -118,7 +118,7 @@ def _builder(leaf: Any) -> Callable[[Array], Any]:
     """Return what turns an array into the same kind of leaf."""
     if isinstance(leaf, Tensor):
         return _tracked_tensor if leaf.requires_grad else _tensor
-    if isinstance(leaf, numpy.floating) and not isinstance(leaf, float):
+    if isinstance(leaf, numpy.floating):
         kind = type(leaf)
         return lambda array: kind(array.item())
     return (lambda array: array.item()) if _is_number(leaf) else (lambda array: array)
@@ -381,18 +381,30 @@ class Stop(NamedTuple):
     message: str
 
 
-def rounding_stop(fun: float, grad_norm: float, start_norm: float, decrease: float, eps: float) -> Stop:
-    """Judge a line search that found no lower point: at the precision of the arithmetic, or stuck.
+class Precision:
+    """Judges a line search that finds no lower point: is this as far as rounding lets it go, or is it stuck?"""
 
-    decrease: what the step was predicted to gain.
-    """
-    if decrease <= 100 * eps * abs(fun) or grad_norm <= math.sqrt(eps) * start_norm:
-        return Stop(True, f"converged as far as rounding allows: no lower point found, max|gradient| {grad_norm:.3g}")
-    return Stop(
-        False,
-        f"the line search found no lower point, though max|gradient| is {grad_norm:.3g}: the objective is not smooth "
-        "there, or the gradient is wrong (gpugrad.check_grads tells)",
-    )
+    def __init__(self, layout: Layout, fun: float, grad_norm: float) -> None:
+        self.xp, self.start_fun, self.start_norm = layout.xp, abs(fun), grad_norm
+        self.eps = max(float(numpy.finfo(dtype).eps) for dtype in layout.work)
+
+    def verdict(self, here: Iterate, decrease: float) -> Stop:
+        """Say which. decrease: what a step was predicted to gain.
+
+        The gradient must be small relative to objective and parameters (Dennis & Schnabel 1996, eq. 7.2.5) and the
+        gain lost in rounding; or the gradient so small against that at the start that its square is.
+        """
+        reach = max(1.0, *to_host(self.xp, max_norm(self.xp, here.arrays)))
+        relative = here.grad_norm * reach / max(abs(here.fun), self.start_fun, 1e-300)
+        lost = decrease <= 100 * self.eps * abs(here.fun) and relative <= self.eps ** (1 / 3)
+        if lost or here.grad_norm <= math.sqrt(self.eps) * self.start_norm:
+            found = f"no lower point found, max|gradient| {here.grad_norm:.3g}"
+            return Stop(True, f"converged as far as rounding allows: {found}")
+        return Stop(
+            False,
+            f"the line search found no lower point, though max|gradient| is {here.grad_norm:.3g}: the objective is not "
+            "smooth there, or the gradient is wrong (gpugrad.check_grads tells)",
+        )
 
 
 def fixed_rate(optimizer: Optimizer, layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]:
@@ -414,37 +426,35 @@ def backtracking(layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]
     The first trial is the last step, or twice that if the last step was taken at once. The constant 0.3 (Boyd &
     Vandenberghe 9.2 name 0.01 to 0.3) keeps steps off the stability limit 2/L, near which the iterates only zigzag.
     """
-    xp, eps = layout.xp, max(float(numpy.finfo(dtype).eps) for dtype in layout.work)
+    xp = layout.xp
     rule = GradientDescent(0.0)
     rule.begin(layout)
 
-    def look(arrays: list[Array]) -> tuple[list[Array], float, float, float]:
+    def look(arrays: list[Array], step: float) -> tuple[Iterate, list[Array], float]:
         value, grads = evaluate(arrays)
         fun, grad_norm, square = to_host(xp, value, max_norm(xp, grads), squared_norm(xp, grads))
         # A copy: the objective may use the memory again at the next trial.
-        return [grad.copy() for grad in grads], fun, grad_norm, square
+        return Iterate(arrays, fun, grad_norm, step), [grad.copy() for grad in grads], square
 
-    arrays = layout.start
-    grads, fun, grad_norm, square = look(arrays)
-    yield Iterate(arrays, fun, grad_norm, 0.0)
-    start_norm = grad_norm
+    here, grads, square = look(layout.start, 0.0)
+    yield here
+    precision = Precision(layout, here.fun, here.grad_norm)
     last = 1 / math.sqrt(square) if square > 0 else 0.0  # the first trial moves by one unit of length
     growth = 1.0
     while True:
-        if grad_norm == 0:
+        if here.grad_norm == 0:
             yield Stop(True, "converged: the gradient is zero")
             return
         step, growth = growth * last, 2.0
         while True:
             rule.lr = step
-            trial = rule.advance(arrays, grads)
-            ahead = look(trial)
-            if math.isfinite(ahead[2]) and ahead[1] <= fun - 0.3 * step * square:
+            there, ahead, ahead_square = look(rule.advance(here.arrays, grads), step)
+            # Below the last digit the bound is the value itself, hence the first comparison.
+            if there.fun < here.fun and there.fun <= here.fun - 0.3 * step * square and math.isfinite(there.grad_norm):
                 break
             step, growth = 0.5 * step, 1.0
-            if step * square <= 0.1 * eps * abs(fun) or step < 1e-30 * last:
-                yield rounding_stop(fun, grad_norm, start_norm, last * square, eps)
+            if step * square <= 0.1 * precision.eps * abs(here.fun) or step < 1e-30 * last:
+                yield precision.verdict(here, last * square)
                 return
-        arrays, last = trial, step
-        grads, fun, grad_norm, square = ahead
-        yield Iterate(arrays, fun, grad_norm, step)
+        here, grads, square, last = there, ahead, ahead_square, step
+        yield here

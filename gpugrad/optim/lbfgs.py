@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy
 
 from gpugrad.backend import Array
-from gpugrad.optim.first_order import Evaluate, Iterate, Layout, Stop, max_norm, rounding_stop, to_host
+from gpugrad.optim.first_order import Evaluate, Iterate, Layout, Precision, Stop, max_norm, to_host
 
 __all__ = ["lbfgs", "strong_wolfe"]
 
@@ -61,8 +61,8 @@ def strong_wolfe(
 ) -> Point | None:
     """Find a step with phi(a) <= phi(0) + c1 a phi'(0) and |phi'(a)| <= c2 |phi'(0)| (Nocedal & Wright, alg. 3.5, 3.6).
 
-    noise: rounding error of phi. A point that meets the slope condition is taken while phi does not exceed phi(0) by
-    more, since close to a minimum phi no longer tells points apart but its slope does (Hager & Zhang 2005, sec. 2).
+    noise: rounding error of phi. Where phi does not differ from phi(0) by more, the slope condition alone decides:
+    close to a minimum phi no longer tells points apart, but its slope does (Hager & Zhang 2005, section 2).
     Where no step meets both conditions the lowest point with sufficient decrease is returned; None if there is none.
     """
 
@@ -70,7 +70,8 @@ def strong_wolfe(
         return point.fun <= start.fun + c1 * point.alpha * start.slope
 
     def good(point: Point) -> bool:
-        return point.finite and abs(point.slope) <= -c2 * start.slope and (low(point) or point.fun <= start.fun + noise)
+        level = low(point) or abs(point.fun - start.fun) <= noise
+        return point.finite and level and abs(point.slope) <= -c2 * start.slope
 
     lo, hi = start, None
     left = max_evaluations
@@ -89,11 +90,17 @@ def strong_wolfe(
             guess = _cubic(lo, point)
             lo = point
             alpha = min(max(guess, 2 * alpha), 10 * alpha) if guess > alpha else 10 * alpha
+    before = math.inf
     while left:  # algorithm 3.6, zoom: lo is the lowest point so far, and phi falls from lo towards hi
         width = hi.alpha - lo.alpha
         guess = (_cubic(lo, hi) - lo.alpha) / width
-        # Too close to an end the interval would hardly shrink; after a non-finite value nothing is known of the shape.
-        share = guess if 0.05 <= guess <= 0.95 else 0.5 if hi.finite else 0.2
+        if not hi.finite:
+            share = 0.2
+        elif math.isfinite(guess) and abs(width) <= 0.7 * before:
+            share = min(max(guess, 0.05), 0.95)
+        else:  # interpolation does not make the interval shrink
+            share = 0.5
+        before = abs(width)
         alpha = lo.alpha + share * width
         if alpha in (lo.alpha, hi.alpha):
             break
@@ -194,7 +201,6 @@ def lbfgs(layout: Layout, evaluate: Evaluate, *, memory: int = 10) -> Iterator[I
     """L-BFGS (Liu & Nocedal 1989; Nocedal & Wright, algorithm 7.5) from `layout.start`."""
     flat = _Flat(layout)
     xp, pairs = flat.xp, _Memory(flat, memory)
-    eps = pairs.eps
 
     def look(x: Array, alpha: float, direction: Array | None) -> Point:
         value, grads = evaluate(flat.split(x))
@@ -203,23 +209,25 @@ def lbfgs(layout: Layout, evaluate: Evaluate, *, memory: int = 10) -> Iterator[I
         fun, slope, grad_norm = to_host(xp, value, slope, max_norm(xp, [grad]))
         return Point(alpha, fun, slope, x, grad, grad_norm)
 
+    def iterate(point: Point) -> Iterate:
+        return Iterate(flat.split(point.x), point.fun, point.grad_norm, point.alpha)
+
     here = look(flat.ravel(layout.start), 0.0, None)
-    yield Iterate(flat.split(here.x), here.fun, here.grad_norm, 0.0)
-    start_norm = lowest_norm = here.grad_norm
-    lowest, idle = here.fun, 0
+    yield iterate(here)
+    precision = Precision(layout, here.fun, here.grad_norm)
+    lowest, lowest_norm, idle = here.fun, here.grad_norm, 0
     while True:
         if here.grad_norm == 0:
             yield Stop(True, "converged: the gradient is zero")
             return
         direction = pairs.direction(here.grad)
         (slope,) = to_host(xp, pairs.dot(here.grad, direction))
-        if not -math.inf < slope < 0:  # rounding has spoilt the memory: start afresh
+        if pairs.used and not -math.inf < slope < 0:  # rounding has spoilt the memory: start afresh
             pairs.clear()
-            direction = pairs.direction(here.grad)
-            (slope,) = to_host(xp, pairs.dot(here.grad, direction))
-            if not -math.inf < slope < 0:
-                yield Stop(False, f"the gradient cannot be squared, max|gradient| is {here.grad_norm:.3g}: rescale")
-                return
+            continue
+        if not -math.inf < slope < 0:
+            yield Stop(False, f"the gradient has no finite square, max|gradient| is {here.grad_norm:.3g}: rescale")
+            return
         here = here._replace(alpha=0.0, slope=slope)
 
         def phi(alpha: float, here: Point = here, direction: Array = direction) -> Point:
@@ -229,9 +237,9 @@ def lbfgs(layout: Layout, evaluate: Evaluate, *, memory: int = 10) -> Iterator[I
 
         # Without curvature the first step has no natural length: move by at most one unit.
         alpha = 1.0 if pairs.used else min(1.0, 1 / math.sqrt(-slope))
-        found = strong_wolfe(phi, here, alpha, noise=2 * eps * abs(here.fun))
+        found = strong_wolfe(phi, here, alpha, noise=2 * pairs.eps * abs(here.fun))
         if found is None:
-            verdict = rounding_stop(here.fun, here.grad_norm, start_norm, -0.5 * alpha * slope, eps)
+            verdict = precision.verdict(iterate(here), -0.5 * alpha * slope)
             if verdict.success or not pairs.used:
                 yield verdict
                 return
@@ -239,9 +247,9 @@ def lbfgs(layout: Layout, evaluate: Evaluate, *, memory: int = 10) -> Iterator[I
             continue
         pairs.add(here, found)
         here = found
-        yield Iterate(flat.split(here.x), here.fun, here.grad_norm, here.alpha)
+        yield iterate(here)
         idle = 0 if here.fun < lowest or here.grad_norm < lowest_norm else idle + 1
         lowest, lowest_norm = min(lowest, here.fun), min(lowest_norm, here.grad_norm)
-        if idle == 3:
-            yield rounding_stop(here.fun, here.grad_norm, start_norm, -0.5 * here.alpha * slope, eps)
+        if idle == 3:  # neither value nor slope tells the points apart any more
+            yield precision.verdict(iterate(here), -0.5 * here.alpha * slope)
             return

@@ -1,0 +1,508 @@
+"""Laws that every op must keep, drawn from the registry: a new op is tested by having been declared.
+
+A law is a function of an op and one case (a way to call it), and raises AssertionError. `test_faults` gives the same laws
+ops with planted faults.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import gpugrad as gg
+from gpugrad.errors import NotDifferentiable
+from gpugrad.op import Op, registry
+from gpugrad.tensor import Tensor
+
+HALF, SINGLE, DOUBLE = np.dtype("float16"), np.dtype("float32"), np.dtype("float64")
+
+# LAPACK, beneath NumPy, has no half precision.
+NO_HALF = {"solve", "inv", "det", "slogdet", "cholesky", "qr", "eigh", "svd", "pinv"}
+# Positions of arguments that are conditions: their dtype is not the result's.
+CONDITIONS = {"where": (0,), "selected": (1,)}
+
+
+@dataclass
+class Call:
+    """One way to call an op: shapes and domains of its arrays, and its static parameters."""
+
+    op: Op
+    shapes: tuple[Any, ...]
+    intervals: tuple[tuple[float, float], ...]
+    params: dict[str, Any]
+    through: Any = None
+
+    @property
+    def id(self) -> str:
+        shown = ",".join(str(s).replace(" ", "") for s in self.shapes)
+        extra = "".join(f"-{k}={v}" for k, v in self.params.items())
+        return f"{self.op.name}{shown}{extra}".replace(" ", "").replace("\n", "")[:90]
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(self.id.encode()))
+
+    def draw(self, rng, dtype=DOUBLE, *, domain=True):
+        """Random arrays strictly inside the domain."""
+        arrays = []
+        for shape, (low, high) in zip(self.shapes, self.intervals, strict=True):
+            margin = 0.05 * (high - low)
+            array = np.asarray(rng.uniform(low + margin, high - margin, size=shape)).astype(dtype)
+            if domain and self.through is not None:
+                array = np.asarray(self.through(array)).astype(dtype)
+            arrays.append(array)
+        return arrays
+
+    def __call__(self, *arrays):
+        return self.op.function(arrays, **self.params) if self.op.variadic else self.op.function(*arrays, **self.params)
+
+    def from_anywhere(self, *arrays):
+        """The call as a function of any arrays: `through` brings them into the domain, differentiably."""
+        return self(*arrays) if self.through is None else self(*map(self.through, arrays))
+
+
+def calls_of(op: Op) -> list[Call]:
+    if op.kind != "elementwise":
+        return [
+            Call(op, c.shapes, ((c.low, c.high),) * len(c.shapes), dict(c.params), c.through) for c in op.domain
+        ]
+    n = len(op.domain)
+    shapes = [[s] * n for s in ((), (0,), (3,), (2, 3))]
+    if n > 1:
+        shapes += [[(2, 3)] + [(3,)] * (n - 1), [(3, 1)] + [(1, 2)] * (n - 1), [()] + [(4,)] * (n - 1)]
+        shapes += [[(4,)] * (n - 1) + [()], [(1, 2, 1)] + [(3, 1, 4)] * (n - 1), [(0, 3)] + [(3,)] * (n - 1)]
+    return [Call(op, tuple(s), tuple(op.domain), {}) for s in shapes]
+
+
+def outputs_of(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def cotangents_for(result: Any, rng) -> tuple[Any, ...]:
+    return tuple(np.asarray(rng.normal(size=o.shape)).astype(o.dtype) for o in outputs_of(result))
+
+
+def pullback(call, arrays):
+    """(outputs, function from a tuple of cotangents to the gradients of all arrays)."""
+    out, pull = gg.vjp(lambda *a: outputs_of(call(*a)), *arrays)
+    return out, pull
+
+
+def inner(xs, ys) -> float:
+    return sum(float(np.sum(np.asarray(x, float) * np.asarray(y, float))) for x, y in zip(xs, ys, strict=True))
+
+
+# --- the laws -------------------------------------------------------------------------------------------
+
+
+def law_gradient(call):
+    """First and second derivatives agree with central differences, along random directions and cotangents."""
+    gg.check_grads(call.from_anywhere, call.draw(call.rng(), domain=False), order=2, rtol=1e-6)
+
+
+def law_adjoint(call):
+    """<A x, g> = <x, A^T g> to rounding, which differences cannot see: for linear ops, and bilinear ones in each place."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    out, pull = pullback(call, arrays)
+    g = cotangents_for(out, rng)
+    gradients = pull(g)
+    forward = inner(out, g)
+    size = max(inner(map(np.abs, out), map(np.abs, g)), 1e-300)
+    if call.op.kind == "linear":
+        assert_allclose(inner(arrays, gradients), forward, rtol=0, atol=1e-13 * size)
+    else:
+        for x, gx in zip(arrays, gradients, strict=True):
+            assert_allclose(inner([x], [gx]), forward, rtol=0, atol=1e-13 * size)
+
+
+def law_linear(call):
+    """A(a x + b y) = a A(x) + b A(y), for linear ops in all arguments, for bilinear ones in each."""
+    rng = call.rng()
+    xs, ys = call.draw(rng), call.draw(rng)
+    together = call.op.kind == "linear"
+    for k in [None] if together else range(len(xs)):
+        moved = [y if k in (None, i) else x for i, (x, y) in enumerate(zip(xs, ys, strict=True))]
+        mixed = [
+            1.5 * x - 0.75 * y if k in (None, i) else x for i, (x, y) in enumerate(zip(xs, ys, strict=True))
+        ]
+        assert_allclose(call(*mixed), 1.5 * call(*xs) - 0.75 * call(*moved), rtol=1e-13, atol=1e-13)
+
+
+def law_cotangent(call):
+    """The pullback is linear in the cotangent: a rule that ignores it is caught."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    out, pull = pullback(call, arrays)
+    g, h = cotangents_for(out, rng), cotangents_for(out, rng)
+    mixed = pull(tuple(1.5 * a - 0.75 * b for a, b in zip(g, h, strict=True)))
+    for got, a, b in zip(mixed, pull(g), pull(h), strict=True):
+        scale = 1 + np.max(np.abs(a), initial=0) + np.max(np.abs(b), initial=0)
+        assert_allclose(got, 1.5 * a - 0.75 * b, rtol=0, atol=1e-13 * scale)
+    for zero in pull(tuple(0 * a for a in g)):
+        assert not np.any(zero)
+
+
+def law_shape(call):
+    """The gradient has its input's shape, dtype and kind: array for array, Tensor for Tensor, float for float."""
+    rng = call.rng()
+    for dtype in (DOUBLE, SINGLE) if call.op.name in NO_HALF else (DOUBLE, SINGLE, HALF):
+        arrays = call.draw(rng, dtype)
+        out, pull = pullback(call, arrays)
+        for x, g in zip(arrays, pull(cotangents_for(out, rng)), strict=True):
+            assert isinstance(g, np.ndarray)
+            assert (g.shape, g.dtype) == (x.shape, x.dtype)
+        tensors = [gg.tensor(x) for x in arrays]
+        out, pull = pullback(call, tensors)
+        assert all(type(o) is Tensor for o in out)
+        for x, g in zip(arrays, pull(tuple(map(gg.tensor, cotangents_for(out, rng)))), strict=True):
+            assert type(g) is Tensor
+            assert (g.shape, g.dtype) == (x.shape, x.dtype)
+    if call.op.kind == "elementwise" and all(s == () for s in call.shapes):
+        numbers = [float(x) for x in call.draw(rng)]
+        _, pull = gg.vjp(call, *numbers)
+        assert all(type(g) is float for g in pull(1.0))
+
+
+def law_dtype(call):
+    """Values and gradients in float32 and float16 keep their dtype and are near those of float64 from the same inputs.
+
+    Bounds: elementwise 8 eps (|y| + sum |x dy/dx|), and for slopes 16 eps of the same for g * slope; the others 200 eps
+    of the largest element (their conditioning is that of the well-conditioned cases).
+    """
+    for dtype in (SINGLE, HALF):
+        rng = call.rng()
+        low = call.draw(rng, dtype)
+        if dtype == HALF and call.op.name in NO_HALF:
+            with pytest.raises(TypeError, match="float16"):
+                call(*low)
+            continue
+        high = [x.astype(DOUBLE) for x in low]
+        eps = float(np.finfo(dtype).eps)
+        got, pull = pullback(call, low)
+        want, exact_pull = pullback(call, high)
+        g = tuple(c.astype(o.dtype) for c, o in zip(cotangents_for(want, rng), got, strict=True))
+        gradients, exact = pull(g), exact_pull(tuple(c.astype(DOUBLE) for c in g))
+        expected = np.dtype(call.params.get("dtype", dtype))
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == expected
+            near(a, b, high, exact, g, eps, elementwise=call.op.kind == "elementwise")
+        for a, b in zip(gradients, exact, strict=True):
+            assert a.dtype == dtype
+            near(a, b, high, exact, g, 2 * eps, elementwise=call.op.kind == "elementwise")
+
+
+def near(got, want, inputs, gradients, g, eps, *, elementwise):
+    want = np.asarray(want)
+    if not want.size:
+        return
+    scale = np.max(np.abs(want))
+    if elementwise:
+        scale += max(np.max(np.abs(x), initial=0) for x in inputs) * max(np.max(np.abs(d), initial=0) for d in gradients)
+    assert_allclose(np.asarray(got, DOUBLE), want, rtol=0, atol=(8 if elementwise else 200) * eps * (scale + 0.01))
+
+
+def law_mixed_dtypes(call):
+    """float32 with float64 computes in float64, and each gradient comes back in its own input's dtype."""
+    rng = call.rng()
+    for first in (SINGLE, DOUBLE):
+        dtypes = [(SINGLE, DOUBLE)[(i + (first == DOUBLE)) % 2] for i in range(len(call.shapes))]
+        arrays = [x.astype(d) for x, d in zip(call.draw(rng), dtypes, strict=True)]
+        out, pull = pullback(call, arrays)
+        assert all(o.dtype == DOUBLE for o in out) or call.op.name in ("where", "selected")
+        g = cotangents_for(out, rng)
+        _, exact = pullback(call, [x.astype(DOUBLE) for x in arrays])
+        for x, a, b in zip(arrays, pull(g), exact(tuple(c.astype(DOUBLE) for c in g)), strict=True):
+            assert (a.dtype, a.shape) == (x.dtype, x.shape)
+            assert_allclose(a, b, rtol=0, atol=1e-6 * (1 + np.max(np.abs(b), initial=0)))
+
+
+def law_inputs_unmutated(call):
+    """Forward, reverse and second-order sweeps leave arguments and cotangents as they were, and work on read-only ones."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    before = [x.copy() for x in arrays]
+    result = call(*arrays)
+    g = cotangents_for(result, rng)
+    g_before = [c.copy() for c in g]
+
+    def both(*a):
+        pulled = pullback(call, a)[1](g)
+        tensors = [gg.tensor(x, requires_grad=True) for x in a]
+        total = sum((o * c).sum() for o, c in zip(outputs_of(call(*tensors)), g, strict=True))
+        total.backward(create_graph=True)
+        return pulled
+
+    both(*arrays)
+    for x, was in zip([*arrays, *g], before + g_before, strict=True):
+        assert_array_equal(x, was)
+    for x in [*arrays, *g]:
+        x.flags.writeable = False
+    both(*arrays)
+    call(*arrays)
+
+
+def law_no_alias(call):
+    """What an elementwise op returns is memory of its own, and so is every gradient of any op."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    if call.op.kind == "elementwise":
+        tensors = [gg.asarray(x) for x in arrays]
+        for result in (call(*arrays), call(*tensors).data):
+            assert not any(np.shares_memory(result, x) for x in arrays)
+    out, pull = pullback(call, arrays)
+    g = cotangents_for(out, rng)
+    gradients = pull(g)
+    for i, gradient in enumerate(gradients):
+        others = [*arrays, *g, *out, *gradients[:i], *gradients[i + 1 :]]
+        assert not any(np.shares_memory(gradient, x) for x in others)
+        if gradient.ndim:
+            assert gradient.flags.writeable
+
+
+def law_plain(call):
+    """Given plain arrays an op returns plain arrays; given a Tensor anywhere, Tensors with the same values."""
+    arrays = call.draw(call.rng())
+    plain = call(*arrays)
+    for part in outputs_of(plain):
+        assert isinstance(part, (np.ndarray, np.generic))
+    for k in range(len(arrays)):
+        mixed = [gg.asarray(x) if i == k else x for i, x in enumerate(arrays)]
+        for part, same in zip(outputs_of(call(*mixed)), outputs_of(plain), strict=True):
+            assert type(part) is Tensor
+            assert not part.requires_grad
+            assert_array_equal(part.numpy(), same)
+
+
+def law_kept(call):
+    """A node keeps the arrays its rules name, and no others."""
+    arrays = call.draw(call.rng())
+    tensors = [gg.tensor(x, requires_grad=True) for x in arrays]
+    result = outputs_of(call(*tensors))[0]
+    node = result._node
+    if call.op.outputs > 1:
+        (node,) = node.parents
+    needs = call.op.needs
+    named = {k for need in needs for k in need}
+    for k, saved in enumerate(node.saved[: len(arrays) + 1]):
+        kept = any(isinstance(s, (np.ndarray, np.generic)) for s in (saved if type(saved) is tuple else [saved]))
+        assert not kept or k in named or (k > 0 and -1 in named) or call.op.residual
+
+
+def law_alone(call):
+    """The gradient in one argument is the same whether or not the others require grad."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    out, pull = pullback(call, arrays)
+    g = cotangents_for(out, rng)
+    together = pull(g)
+    for k, wanted in enumerate(together):
+        _, one = gg.vjp(lambda x, k=k: outputs_of(call(*arrays[:k], x, *arrays[k + 1 :])), arrays[k])
+        assert_array_equal(one(g)[0], wanted)
+
+
+def law_recorded(call):
+    """The recorded sweep (create_graph) gives the numbers of the plain one."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    g = cotangents_for(call(*arrays), rng)
+    grads = []
+    for create in (False, True):
+        tensors = [gg.tensor(x, requires_grad=True) for x in arrays]
+        total = sum((o * c).sum() for o, c in zip(outputs_of(call(*tensors)), g, strict=True))
+        total.backward(create_graph=create)
+        grads.append([0.0 * x if t.grad is None else t.grad.numpy() for x, t in zip(arrays, tensors, strict=True)])
+    for plain, recorded in zip(*grads, strict=True):
+        assert plain.shape == recorded.shape
+        assert plain.dtype == recorded.dtype
+        assert_allclose(plain, recorded, rtol=0, atol=1e-12 * (1 + np.max(np.abs(plain), initial=0)))
+
+
+def law_layout(call):
+    """Values and gradients do not depend on the layout of the arguments in memory."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    out, pull = pullback(call, arrays)
+    g = cotangents_for(out, rng)
+    gradients = pull(g)
+    for layout in (reversed_in_memory, every_second, by_columns):
+        other_out, other_pull = pullback(call, [layout(x) for x in arrays])
+        other = other_pull(tuple(layout(c) for c in g))
+        for a, b in zip([*out, *gradients], [*other_out, *other], strict=True):
+            assert a.shape == b.shape
+            assert_allclose(a, b, rtol=0, atol=1e-12 * (1 + np.max(np.abs(a), initial=0)))
+
+
+def reversed_in_memory(x):
+    every = (slice(None, None, -1),) * x.ndim
+    return x[every].copy()[every] if x.ndim else x
+
+
+def by_columns(x):
+    return x.copy(order="F")
+
+
+def every_second(x):
+    if not x.ndim:
+        return x
+    wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def law_number(call):
+    """A Python number in the place of an array gives its values, and does not widen float32."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    for k in range(len(arrays)):
+        number = float(np.float32(rng.uniform(*call.intervals[k])))
+        arguments = [number if i == k else x.astype(SINGLE) for i, x in enumerate(arrays)]
+        same = [np.full(arrays[k].shape, number, SINGLE) if i == k else x for i, x in enumerate(arguments)]
+        rest = [i for i in range(len(arrays)) if i != k]
+        result = call(*arguments)
+        if all(i in CONDITIONS.get(call.op.name, ()) for i in rest):
+            continue  # a condition's dtype says nothing about the result's
+        assert result.dtype == SINGLE
+        tensors = [gg.tensor(x, requires_grad=True) if i in rest else x for i, x in enumerate(arguments)]
+        twins = [gg.tensor(x, requires_grad=True) if i in rest else x for i, x in enumerate(same)]
+        first, second = call(*tensors), call(*twins)
+        assert first.dtype == SINGLE
+        first.sum().backward()
+        second.sum().backward()
+        if first.shape == second.shape:
+            assert_allclose(first, second, rtol=1e-6, atol=1e-6)
+            for i in rest:
+                if twins[i].grad is not None:
+                    assert tensors[i].grad.dtype == SINGLE
+                    scale = 1 + np.max(np.abs(twins[i].grad.numpy()), initial=0)
+                    assert_allclose(tensors[i].grad, twins[i].grad, rtol=0, atol=1e-6 * scale)
+
+
+# --- drawn from the registry ------------------------------------------------------------------------------
+
+DIFFERENTIABLE = [op for op in registry.values() if op.kind != "nondiff"]
+CALLS = [call for op in DIFFERENTIABLE for call in calls_of(op)]
+
+ALL = [law_gradient, law_cotangent, law_shape, law_dtype, law_inputs_unmutated, law_no_alias, law_plain, law_kept]
+ALL += [law_alone, law_recorded, law_layout]
+LAWS = [(law, call) for law in ALL for call in CALLS]
+LAWS += [(law, call) for law in (law_adjoint, law_linear) for call in CALLS if call.op.kind in ("linear", "bilinear")]
+LAWS += [(law_mixed_dtypes, call) for call in CALLS if len(call.shapes) > 1]
+LAWS += [(law_number, call) for call in CALLS if call.op.kind == "elementwise" and len(call.shapes) > 1]
+
+
+@pytest.mark.parametrize(("law", "call"), LAWS, ids=[f"{law.__name__[4:]}-{call.id}" for law, call in LAWS])
+def test_law(law, call):
+    law(call)
+
+
+def record_faults(op):
+    """What is missing in an op's record, apart from its formulas."""
+    faults = []
+    if not op.doc or not op.doc.strip():
+        faults.append(f"{op.name} has no doc")
+    if op.kind == "nondiff":
+        if not op.reason.strip():
+            faults.append(f"{op.name} is nondiff without a reason")
+    elif not op.domain:
+        faults.append(f"{op.name} has no domain")
+    if op.kind not in ("elementwise", "linear", "bilinear", "primitive", "nondiff"):
+        faults.append(f"{op.name} is of unknown kind {op.kind}")
+    return faults
+
+
+@pytest.mark.parametrize("op", registry.values(), ids=registry)
+def test_record_is_complete(op):
+    assert record_faults(op) == []
+    assert op.function.__name__ == op.name
+    assert op.function.__doc__ == op.doc
+
+
+def test_ids_are_unique():
+    """Two cases with one id would hide one from whoever selects by it."""
+    ids = [call.id for call in CALLS]
+    assert sorted(set(ids)) == sorted(ids)
+
+
+# --- what is kept: a few by name ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kept"),
+    [
+        ("add", 2, set()),
+        ("subtract", 2, set()),
+        ("negative", 1, set()),
+        ("sum", 1, set()),
+        ("reshape", 1, set()),
+        ("exp", 1, {0}),
+        ("sqrt", 1, {0}),
+        ("tan", 1, {0}),
+        ("log", 1, {1}),
+        ("softplus", 1, {1}),
+        ("relu", 1, {1}),
+        ("multiply", 2, {1, 2}),
+        ("divide", 2, {0, 2}),
+        ("softmax", 1, {0}),
+        ("inv", 1, {0}),
+    ],
+)
+def test_what_is_kept(name, arguments, kept):
+    call = next(c for c in CALLS if c.op.name == name and all(np.prod(s, dtype=int) > 1 for s in c.shapes))
+    result = call(*[gg.tensor(x, requires_grad=True) for x in call.draw(call.rng())])
+    saved = result._node.saved
+    assert len(saved) == arguments + 1
+    assert {k for k, value in enumerate(saved) if isinstance(value, np.ndarray)} == kept
+
+
+def test_factor_of_a_constant_is_not_kept():
+    """x * c with c constant needs c for the slope in x, and nothing else."""
+    x, c = gg.tensor([1.0, 2.0], requires_grad=True), np.array([3.0, 4.0])
+    output, first, second = (x * c)._node.saved
+    assert output is None
+    assert first is None
+    assert_array_equal(second, c)
+
+
+# --- ops that have no derivative ------------------------------------------------------------------------------
+
+
+NONDIFF = {name: op for name, op in registry.items() if op.kind == "nondiff"}
+
+
+@pytest.mark.parametrize("name", NONDIFF)
+def test_nondiff_results_carry_no_gradient(name):
+    """Indices and truths are values off the tape; asking them for a gradient says so."""
+    op = NONDIFF[name]
+    boolean = name.startswith("logical") or name in ("all", "any")
+    data = np.array([True, False, True]) if boolean else np.array([0.5, -1.0, 2.0])
+    x = gg.tensor(data, requires_grad=not boolean)
+    result = op.function(x, x) if len(op.vjps) == 2 else op.function(x)
+    assert type(result) is Tensor
+    assert not result.requires_grad
+    assert result.dtype.kind in "bi"
+    with pytest.raises(NotDifferentiable):
+        result.backward()
+
+
+@pytest.fixture
+def temporary_op():
+    """Declare ops that leave the registry when the test is over."""
+    before = set(registry)
+    yield
+    for name in set(registry) - before:
+        del registry[name]
+
+
+def test_nondiff_with_float_result_raises(temporary_op):
+    nearest = gg.nondiff("t_nearest", forward=lambda xp, x: xp.round(x), reason="it is a staircase", doc="Rounded.")
+    x = gg.tensor([0.4, 1.7], requires_grad=True)
+    y = nearest(x)
+    assert_array_equal(y, [0.0, 2.0])
+    with pytest.raises(NotDifferentiable, match="t_nearest.*it is a staircase"):
+        y.sum().backward()
+    with pytest.raises(NotDifferentiable, match="t_nearest.*it is a staircase"):
+        gg.grad(lambda x: nearest(x).sum())(np.array([0.4, 1.7]))
+    assert_array_equal((nearest(x.detach()) * x).sum().item(), 3.4)
