@@ -350,7 +350,7 @@ class Tape(AbstractContextManager["Tape"]):
 
         Raises TypeError for a plain array (operations on it cannot be seen), NotDifferentiable for integers.
         """
-        for tensor in optree.tree_leaves(tensors):  # type: ignore[arg-type]
+        for tensor in optree.tree_leaves(tensors):
             if type(tensor) is not Tensor:
                 raise TypeError(f"Tape.watch: got a {type(tensor).__name__}; wrap it first: x = gpugrad.asarray(x)")
             if tensor._node is None:
@@ -369,13 +369,15 @@ class Tape(AbstractContextManager["Tape"]):
             raise TypeError(f"Tape.gradient: the target is a {type(target).__name__}, expected a Tensor")
         leaves, structure = optree.tree_flatten(sources)
         watched = {id(tensor): node for tensor, node in self._watched}
-        nodes = [watched.get(id(t), t._node if type(t) is Tensor else None) for t in leaves]
-        for source, node in zip(leaves, nodes, strict=True):
+        nodes: list[Node] = []
+        for source in leaves:
+            node = watched.get(id(source), source._node if type(source) is Tensor else None)
             if node is None:
                 raise NotDifferentiable(
                     f"Tape.gradient: a source ({type(source).__name__}) was not watched; "
                     "call tape.watch on it before it is used"
                 )
+            nodes.append(node)
         self._used = True
         results: dict[Node, Any] = {}
         if target._node is not None:
@@ -398,7 +400,7 @@ class Tape(AbstractContextManager["Tape"]):
         gradients = []
         handed_out: set[int] = set()
         for source, node in zip(leaves, nodes, strict=True):
-            g = results.get(node)  # type: ignore[arg-type]
+            g = results.get(node)
             if g is None:
                 g = box(_zeros(source, source.shape), None)
             gradients.append(g if type(g) is Tensor else box(own(g, handed_out), None))

@@ -106,7 +106,11 @@ class Logistic(Problem):
         self.seeds.append(seed)
         order = np.random.default_rng(seed).permutation(self.rows)
         for start in range(0, self.rows, batch_size):
-            yield Logistic(self.dtype, order[start : start + batch_size])
+            yield self.part(self.dtype, order[start : start + batch_size])
+
+    @property
+    def part(self):
+        return type(self)  # its batches are of the same kind
 
     @property
     def minimum(self):
@@ -450,6 +454,20 @@ def test_lbfgs_takes_wolfe_steps():
         assert (g1 - g) @ (x1 - x) > 0
 
 
+@pytest.mark.parametrize("method", ["lbfgs", "gd"])
+def test_the_first_trial_moves_by_one_unit_at_most(method):
+    tried = []
+
+    class Steep:
+        def value_and_grad(self, w):
+            tried.append(w.copy())
+            return 1e8 * float(w @ w), 2e8 * w
+
+    res = optim.minimize(Steep(), np.full(3, 5.0), method, tol=1e-3)
+    assert res.success
+    assert np.linalg.norm(tried[1] - tried[0]) == pytest.approx(1)
+
+
 # --- the L-BFGS memory ----------------------------------------------------------------------------------
 
 
@@ -519,7 +537,9 @@ def test_stops_by_itself_at_the_precision_of_the_arithmetic(dtype, method):
     res = optim.minimize(obj, obj.start(), method, tol=0.0, max_iter=3000)
     assert res.success, res.message
     assert "rounding" in res.message
-    assert res.history["grad_norm"][-1] < (1e-3 if dtype == "float32" else 1e-7)
+    # Values alone would end L-BFGS where gd ends, at the square root of the rounding error.
+    reached = {"gd": (1e-3, 1e-7), "lbfgs": (1e-7, 1e-14)}[method]
+    assert res.history["grad_norm"][-1] < reached[dtype == "float64"]
     assert res.nfev < 3000
 
 
@@ -741,8 +761,48 @@ def test_mini_batch_tol_is_the_relative_improvement_of_an_epoch():
     assert res.success
     assert res.nit < 500
     assert gains[-1] < 1e-3 <= min(gains[:-1])
+
+    class Scaled(Logistic):
+        def formula(self, params):
+            value, grads = super().formula(params)
+            return 1e3 * value, {key: 1e3 * grad for key, grad in grads.items()}
+
+    scaled = Scaled()
+    assert optim.minimize(scaled, obj.start(), "adam", lr=0.02, batch_size=25, epochs=500, tol=1e-3).nit == res.nit
     short = optim.minimize(obj, obj.start(), "adam", lr=0.02, batch_size=25, epochs=2, tol=1e-3)
     assert not short.success
+
+
+class Given:
+    """Mini-batches of one row that answer as told: (value, gradient) from the parameters."""
+
+    rows = 1
+
+    def __init__(self, answer):
+        self.value_and_grad = answer
+
+    def batches(self, batch_size, seed):
+        return iter([self, self])
+
+
+def test_slow_divergence_goes_back_to_the_start():
+    """Every epoch ends worse than the start, though it is long before anything overflows."""
+    res = optim.minimize(Given(lambda w: (float(w @ w), 2 * w)), np.ones(2), "sgd", lr=10.0, batch_size=1, epochs=999)
+    assert not res.success
+    assert 10 < res.nit < 999
+    assert_array_equal(res.params, 1)
+    assert res.fun == 2
+
+
+def test_parameters_at_infinity_are_seen_though_the_objective_is_finite():
+    def answer(w):
+        return 1.0 - 0.1 * float(w[0] < 0), np.full(1, 1e300)
+
+    for options in ({"batch_size": 1, "epochs": 1}, {"max_iter": 3}):
+        res = optim.minimize(Given(answer), np.ones(1), "sgd", lr=1e10, **options)
+        assert not res.success
+        assert "parameter" in res.message
+        assert_array_equal(res.params, 1)
 
 
 def test_mini_batch_divergence_returns_finite_parameters():

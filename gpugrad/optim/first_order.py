@@ -366,12 +366,16 @@ class AdamW(Adam):
 
 
 class Iterate(NamedTuple):
-    """Where a full-batch method is after an iteration: parameters, objective, max norm of the gradient, step length."""
+    """Where a full-batch method is after an iteration.
+
+    Parameters, objective, max norm of the gradient, step length; max norm of the parameters if they may be infinite.
+    """
 
     arrays: list[Array]
     fun: float
     grad_norm: float
     step: float
+    reach: float = 0.0
 
 
 class Stop(NamedTuple):
@@ -410,12 +414,13 @@ class Precision:
 def fixed_rate(optimizer: Optimizer, layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]:
     """Full-batch steps of an optimiser, for ever."""
     optimizer.begin(layout)
-    arrays = layout.start
+    xp, arrays = layout.xp, layout.start
     rate = 0.0
     while True:
         value, grads = evaluate(arrays)
-        fun, grad_norm = to_host(layout.xp, value, max_norm(layout.xp, grads))
-        yield Iterate(arrays, fun, grad_norm, rate)
+        # A bounded objective may be finite at infinity, so the parameters are looked at as well.
+        fun, grad_norm, reach = to_host(xp, value, max_norm(xp, grads), max_norm(xp, arrays))
+        yield Iterate(arrays, fun, grad_norm, rate, reach)
         arrays = optimizer.advance(arrays, grads)
         rate = optimizer.rate
 

@@ -172,9 +172,10 @@ def _full_batch(
     for nit, state in enumerate(states):
         if isinstance(state, Stop):
             break
-        arrays, fun, grad_norm, step = state
-        if not (math.isfinite(fun) and math.isfinite(grad_norm)):
-            what = f"the objective is {fun}" if not math.isfinite(fun) else f"max|gradient| is {grad_norm}"
+        arrays, fun, grad_norm, step, reach = state
+        if not all(map(math.isfinite, (fun, grad_norm, reach))):
+            seen = {"the objective": fun, "max|gradient|": grad_norm, "max|parameter|": reach}
+            what = next(f"{key} is {value}" for key, value in seen.items() if not math.isfinite(value))
             if not nit:
                 return run.failed(f"{what} at the starting parameters: start elsewhere, or check the data")
             return run.failed(f"{what} at iteration {nit}: try a smaller lr than {step:g}")
