@@ -218,7 +218,7 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
     float16 is added up in float32.
     """
-    if len(g.shape) < len(shape) or any(a < b for a, b in zip(g.shape[::-1], shape[::-1], strict=False)):
+    if len(g.shape) < len(shape) or any(a == 1 != b for a, b in zip(g.shape[::-1], shape[::-1], strict=False)):
         return g + _zeros(g, shape)
     extra = len(g.shape) - len(shape)
     axes = (*range(extra), *(i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1))

@@ -73,6 +73,7 @@ def calls_of(op: Op) -> list[Call]:
     if n > 1:
         shapes += [[(2, 3)] + [(3,)] * (n - 1), [(3, 1)] + [(1, 2)] * (n - 1), [()] + [(4,)] * (n - 1)]
         shapes += [[(4,)] * (n - 1) + [()], [(1, 2, 1)] + [(3, 1, 4)] * (n - 1), [(0, 3)] + [(3,)] * (n - 1)]
+        shapes += [[(0, 3)] + [(1, 3)] * (n - 1)]
     return [Call(op, tuple(s), tuple(op.domain), {}) for s in shapes]
 
 

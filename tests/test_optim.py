@@ -106,11 +106,7 @@ class Logistic(Problem):
         self.seeds.append(seed)
         order = np.random.default_rng(seed).permutation(self.rows)
         for start in range(0, self.rows, batch_size):
-            yield self.part(self.dtype, order[start : start + batch_size])
-
-    @property
-    def part(self):
-        return type(self)  # its batches are of the same kind
+            yield type(self)(self.dtype, order[start : start + batch_size])
 
     @property
     def minimum(self):

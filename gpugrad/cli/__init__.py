@@ -21,7 +21,7 @@ from gpugrad.errors import GpugradError
 
 __all__ = ["main"]
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "lbfgs")
+OPTIMIZERS = ("adam", "adamw", "sgd", "gd", "lbfgs")
 
 _FIT_EXAMPLES = """\
 examples:

@@ -84,7 +84,7 @@ def write(path: str, save: Callable[[str], object]) -> None:
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
     """Write JSON to a file, or to stdout for "-"; what is not finite becomes null."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -97,11 +97,12 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
     write(path, save)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same for JSON: None for every float that is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

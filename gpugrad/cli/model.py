@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import safetensors.numpy
 
 import gpugrad as gg
 from gpugrad.backend import Device, to_device
+from gpugrad.cli.files import finite
 from gpugrad.data import Preprocessor
 from gpugrad.errors import DataError
 
@@ -40,6 +41,7 @@ BLOCK = {"cpu": 4096, "cuda": 1 << 17}
 
 Floats = npt.NDArray[np.float32]
 Metrics = dict[str, float]
+Layers = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Model:
 
     kind: str
     activation: str | None
-    layers: list[dict[str, Any]]
+    layers: Layers
     preprocessor: Preprocessor
     mean: float
     scale: float
@@ -94,7 +96,7 @@ class Model:
             "sizes": json.dumps(self.sizes),
             "preprocessing": self.preprocessor.to_json(),
             "target": json.dumps({"name": self.preprocessor.target, "mean": self.mean, "scale": self.scale}),
-            "metrics": json.dumps(self.metrics),
+            "metrics": json.dumps(finite(self.metrics)),
             "options": json.dumps(self.options),
             "complete": json.dumps(self.complete),
         }
@@ -154,12 +156,10 @@ class Model:
         if tensors or sizes[-1] != 1 or not math.isfinite(mean) or not 0 < scale < math.inf:
             raise ValueError("parts that do not fit together")
         metrics, options = json.loads(text["metrics"]), json.loads(text["options"])
-        return cls(
-            kind, activation, layers, preprocessor, mean, scale, metrics, options, json.loads(text["complete"])
-        )
+        return cls(kind, activation, layers, preprocessor, mean, scale, metrics, options, json.loads(text["complete"]))
 
 
-def forward(layers: list[dict[str, Any]], activation: str | None, X: Floats, device: Device) -> Floats:  # noqa: N803
+def forward(layers: Layers, activation: str | None, X: Floats, device: Device) -> Floats:  # noqa: N803
     """What the layers give for each row, float32 (rows,), in blocks."""
     act = ACTIVATIONS[activation] if activation else gg.swish  # one layer has no activation
     out = np.empty(len(X), np.float32)
@@ -182,3 +182,13 @@ def measure(y: Floats, predicted: Floats) -> Metrics:
         "rmse": math.sqrt(squares / len(y)),
         "mae": float(np.abs(error).mean()),
     }
+
+
+def metrics_table(metrics: Mapping[str, Metrics | None], target: str) -> list[str]:
+    """Lines for a person: a row a part, in the units of the target."""
+    lines = [f"{'':<10}{'R2':>8}{'RMSE':>12}{'MAE':>12}   of {target}"]
+    for part, numbers in metrics.items():
+        if numbers:
+            r2 = f"{numbers['r2']:.4f}" if math.isfinite(numbers["r2"]) else "n/a"
+            lines.append(f"{part:<10}{r2:>8}{numbers['rmse']:>12.5g}{numbers['mae']:>12.5g}")
+    return lines

@@ -26,8 +26,9 @@ relu = elementwise(
 
 
 def _swish_forward(xp: Any, x: Any, beta: Any) -> Any:
+    z = beta * x
     # x*s at x = -inf is -inf*0; the limit is -0
-    return xp.where(x == -math.inf, -0.0, x) * _s(xp, beta * x)
+    return xp.where(x == -math.inf, z.dtype.type(-0.0), x) * _s(xp, z)
 
 
 def _s(xp: Any, z: Any) -> Any:

@@ -47,7 +47,7 @@ divide = elementwise(
 
 def _pow_base(_z: Any, x: Any, y: Any) -> Any:
     if isinstance(y, (int, float)):
-        return y * x ** (y - 1) if y else 0.0
+        return 2 * x if y == 2 else y * x ** (y - 1) if y else 0.0
     return y * x ** where(y == 0, 1, y - 1)
 
 
@@ -149,7 +149,9 @@ where: Function = elementwise(
 
 
 def _truth(condition: Any) -> Any:
-    return condition if getattr(condition, "dtype", _FLOAT).kind == "b" else condition != 0
+    if not hasattr(condition, "dtype"):
+        return numpy.bool_(condition)  # ~ of a Python bool is an integer
+    return condition if condition.dtype.kind == "b" else condition != 0
 
 
 # The slope rule of the reverse sweep after a `where`: an exact zero wins over an infinity.
@@ -217,6 +219,8 @@ def in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def wide(xp: Any, *values: Any, **params: Any) -> Any:
         dtypes = {value.dtype for value in values if hasattr(value, "dtype")}
+        if not dtypes:  # Python numbers only
+            values = (numpy.float64(values[0]), *values[1:])
         if numpy.float16 not in dtypes:
             return forward(xp, *values, **params)
         singles = (v.astype(numpy.float32) if getattr(v, "dtype", None) == numpy.float16 else v for v in values)

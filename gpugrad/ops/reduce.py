@@ -43,8 +43,8 @@ def wide_sum(xp: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     return xp.sum(x, axis=axis, keepdims=keepdims)
 
 
-def _spread(g: Any, x: Any, *, axis: Axis, keepdims: bool) -> Any:
-    return broadcast_to(restore(g, x, axis, keepdims), shape=x.shape)
+def _spread(g: Any, _x: Any, *, axis: Axis, keepdims: bool) -> Any:
+    return broadcast_to(restore(g, _x, axis, keepdims), shape=_x.shape)
 
 
 _REDUCTIONS = (
