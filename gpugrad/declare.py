@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gpugrad.op import Op, make_function, refuse, register
+from gpugrad.op import Node, Op, make_function, refuse, register
 
 Rule = Callable[..., Any]
 Function = Callable[..., Any]
@@ -45,7 +45,7 @@ def elementwise(
     partials: Rule | int | Sequence[Rule | int],
     domain: Sequence[tuple[float, float]],
     doc: str,
-    masks: bool = False,
+    masks: bool | Callable[[Node], bool] = False,
     residual: tuple[Rule, Sequence[Rule]] | None = None,
 ) -> Callable[..., Any]:
     """Declare an op that works element by element, with broadcasting.
@@ -53,7 +53,8 @@ def elementwise(
     forward(xp, x, ...) -> array, never one of its arguments. partials: one a positional argument, each
     partial(y, x, ...) = dy/dx as an array, or an integer where it is constant; forward and reverse rules both
     follow from them. domain: an interval an argument, strictly inside which the op is smooth (tests draw from it).
-    masks: the op may drop some of its input (`where`), and slopes that are infinite there must not spoil the rest.
+    masks: the op may drop some of its input (`where`), where infinite slopes must not spoil the rest; or a function
+    of its Node that tells whether it does.
     residual: (forward that returns (array, intermediate), partials that take the intermediate last), where a
     first-order sweep is cheaper so.
     Raises ValueError for a name taken, or a number of partials that does not fit.
@@ -70,7 +71,7 @@ def linear(
     domain: Sequence[Case],
     doc: str,
     variadic: bool = False,
-    masks: bool = False,
+    masks: bool | Callable[[Node], bool] = False,
 ) -> Callable[..., Any]:
     """Declare an op that is linear in all its array arguments together.
 
@@ -97,7 +98,7 @@ def primitive(
     doc: str,
     outputs: int = 1,
     variadic: bool = False,
-    masks: bool = False,
+    masks: bool | Callable[[Node], bool] = False,
 ) -> Callable[..., Any]:
     """Declare any other differentiable op.
 
@@ -125,7 +126,7 @@ def _declare(
     *,
     outputs: int = 1,
     variadic: bool = False,
-    masks: bool = False,
+    masks: bool | Callable[[Node], bool] = False,
     reason: str = "",
     residual: tuple[Rule, Sequence[Rule]] | None = None,
 ) -> Callable[..., Any]:

@@ -106,7 +106,7 @@ class Objective:
         self.data, self.device = _placed(data, device)
         self.rows = len(self.data[0])
         self._block_size = block_size
-        self._auto: dict[Any, int] = {}
+        self._auto: dict[Any, tuple[int, int]] = {}
         self._threads = available_cores() if threads is None else threads
         self._scale = 1.0 / self.rows if reduction == "mean" else 1.0
         floats = {a.dtype for a in self.data if a.dtype.kind == "f"}
@@ -315,9 +315,14 @@ class Objective:
         found = self._auto.get(key)
         if found is None:
             found = self._auto[key] = self._fitting_rows(arrays, structure)
-        return found
+        rows, fewest = found
+        blocks = -(-self.rows // rows)
+        if self.device.kind == "cpu" and self.rows > fewest:
+            blocks = -(-blocks // self._threads) * self._threads  # every thread gets as many, all about as long
+        return -(-self.rows // blocks)
 
-    def _fitting_rows(self, arrays: list[Any], structure: Any) -> int:
+    def _fitting_rows(self, arrays: list[Any], structure: Any) -> tuple[int, int]:
+        """Return the rows a block should have, and how many rows are too few to share among threads."""
         probe = min(64, self.rows)
         data = max(math.prod(a.shape[1:]) * a.dtype.itemsize for a in self.data)
         with force_grad(), numpy.errstate(all="ignore"):
@@ -333,12 +338,9 @@ class Objective:
         # a result, what its rule keeps besides, and a cotangent
         taped = 3 * sum(sizes) + data
         if self.device.kind == "cuda":
-            return int(max(1, CUDA_TAPE_BYTES // taped))
+            return int(max(1, CUDA_TAPE_BYTES // taped)), 0
         rows = int(min(DATA_BYTES / data, OPERAND_BYTES / wide, HOST_TAPE_BYTES / self._threads / taped))
-        if self.rows < rows * self._threads * 2:
-            # leave every thread something to do, if there is something to do
-            rows = min(rows, max(-(-self.rows // (2 * self._threads)), int(WORTH_A_THREAD / max(data, wide))))
-        return max(1, min(rows, 1 << 17))
+        return max(1, min(rows, 1 << 17)), int(WORTH_A_THREAD / max(data, wide))
 
     def _report(self, block: int, row: int, within: int, value: Any) -> None:
         raise NonFiniteLoss(

@@ -56,7 +56,7 @@ class Op:
     needs: tuple[tuple[int, ...], ...] = ()
     variadic: bool = False
     outputs: int = 1
-    masks: bool = False
+    masks: bool | Callable[["Node"], bool] = False
     domain: Any = None
     reason: str = ""
     residual: tuple[Callable[..., Any], tuple[Any, ...]] | None = None

@@ -26,7 +26,7 @@ import optree
 from gpugrad import backend
 from gpugrad import op as _op
 from gpugrad.errors import GraphFreed, NotDifferentiable, ShapeMismatch
-from gpugrad.op import Node, box, output_node, recording, verify
+from gpugrad.op import Aval, Node, box, output_node, recording, verify
 from gpugrad.tensor import Tensor
 
 OUTPUT = _op.OUTPUT
@@ -67,7 +67,7 @@ def reachable(outputs: Iterable[Node]) -> list[Node]:
 
 
 _age = operator.attrgetter("seq")
-_BOOL = numpy.dtype(bool)
+_BOOL, _HALF = numpy.dtype(bool), numpy.dtype("float16")
 
 
 def sweep(
@@ -138,10 +138,12 @@ def sweep(
                     saved = _linked(node)
                 elif op.residual is not None:
                     partials = op.residual[1]
+                if node.dtype == _HALF:  # float16 is read as such, computed in float32 and rounded once
+                    g, saved = g.astype(numpy.float32), _widened(saved)
                 parents = node.parents
                 params = node.params
                 in_mask = bool(masked) and node in masked
-                if in_mask or (op.masks and _drops(node)):
+                if in_mask or (op.masks and (op.masks is True or op.masks(node))):
                     masked.update(p for p in parents if p is not None)
                 for i, parent in enumerate(parents):
                     if parent is None or (useful is not None and parent not in useful):
@@ -193,17 +195,18 @@ def _linked(node: Node) -> tuple[Any, ...]:
     return (out, *linked)
 
 
-def _drops(node: Node) -> bool:
-    """Tell whether an op that masks drops any of its input here: a linear one (indexing) only if it gets smaller."""
-    parent = node.parents[0]
-    return node.op.kind != "linear" or math.prod(node.shape) < math.prod(parent.shape)  # type: ignore[union-attr]
+def _widened(saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a node saved with float16 arrays cast to float32."""
+    return tuple(
+        v.astype(numpy.float32) if getattr(v, "dtype", None) == _HALF and type(v) is not Aval else v for v in saved
+    )
 
 
 def _masked_product(g: Any, partial: Any) -> Any:
-    """Multiply, with an exact zero in g winning over an infinite or undefined slope (the branch not taken)."""
+    """Multiply, with an exact zero on either side winning over an infinity or NaN on the other."""
     if type(g) is Tensor:
         return g._masked_product(partial)
-    return backend.namespace(g).where(g == 0, g, g * partial)
+    return backend.namespace(g).where((g == 0) | (partial == 0), 0, g * partial)
 
 
 def _selected(g: Any, partial: Any) -> Any:

@@ -190,7 +190,9 @@ def test_lbfgs_is_as_good_as_scipy(problem, reference):
         return value, flat.ravel(flat.layout.gradients(grads))
 
     options = {"gtol": 1e-8} | ({"ftol": 0.0} if reference == "L-BFGS-B" else {})
-    theirs = optimize.minimize(fun, flat.ravel(flat.layout.start), jac=True, method=reference, options=options)
+    theirs = optimize.minimize(
+        fun, flat.ravel(flat.layout.arrays(obj.start())), jac=True, method=reference, options=options
+    )
     ours = optim.minimize(obj, obj.start(), tol=1e-8)
     assert ours.success
     assert ours.fun <= theirs.fun + 1e-12
@@ -751,12 +753,12 @@ def test_mini_batches_wait_for_the_device_once_an_epoch(monkeypatch):
 
 def test_mini_batch_tol_is_the_relative_improvement_of_an_epoch():
     obj = Logistic()
-    res = optim.minimize(obj, obj.start(), "adam", lr=0.02, batch_size=25, epochs=500, tol=1e-3)
+    res = optim.minimize(obj, obj.start(), "adam", lr=0.02, batch_size=25, epochs=500, tol=2e-2)
     fun = res.history["fun"]
     gains = [(a - b) / a for a, b in itertools.pairwise(fun)]
     assert res.success
     assert res.nit < 500
-    assert gains[-1] < 1e-3 <= min(gains[:-1])
+    assert gains[-1] < 2e-2 <= min(gains[:-1])
 
     class Scaled(Logistic):
         def formula(self, params):
@@ -764,8 +766,8 @@ def test_mini_batch_tol_is_the_relative_improvement_of_an_epoch():
             return 1e3 * value, {key: 1e3 * grad for key, grad in grads.items()}
 
     scaled = Scaled()
-    assert optim.minimize(scaled, obj.start(), "adam", lr=0.02, batch_size=25, epochs=500, tol=1e-3).nit == res.nit
-    short = optim.minimize(obj, obj.start(), "adam", lr=0.02, batch_size=25, epochs=2, tol=1e-3)
+    assert optim.minimize(scaled, obj.start(), "adam", lr=0.02, batch_size=25, epochs=500, tol=2e-2).nit == res.nit
+    short = optim.minimize(obj, obj.start(), "adam", lr=0.02, batch_size=25, epochs=2, tol=2e-2)
     assert not short.success
 
 

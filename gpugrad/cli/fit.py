@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ LARGEST_BATCH = 1024
 STEPS = 3000
 EPOCHS = (5, 100)
 ITERATIONS = 300
-TOL = 1e-5
+TOL = 1e-4
 RATES = {"adam": 0.01, "adamw": 0.01, "sgd": 0.05}
 FULL_BATCH = ("lbfgs", "gd")
 # share of the steps in which the learning rate rises
@@ -103,15 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
         part = "test" if split.test else "train"
         numbers = metrics[part]
         assert numbers is not None
-        title = (
-            f"{arguments.data if not os.path.sep in arguments.data else os.path.basename(arguments.data)}: {model.name}"
-        )
+        title = f"{os.path.basename(arguments.data)}: {model.name}, fitted on {len(split.train.X):,} rows"
         write(
             arguments.plot,
             lambda path: draw(
                 path,
                 history=training.history,
-                unit="epoch" if plan.batch_size else "iteration",
+                by_epoch=plan.batch_size is not None,
                 true=split.target(part),
                 predicted=predicted[part],
                 column=split.preprocessor.target,
@@ -127,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def device_of(spec: str) -> Device:
-    """The device of --device. Raises UsageError for a name that is none, DeviceUnavailable for one that is not there."""
+    """The device of --device. Raises UsageError for a name that means none, DeviceUnavailable where it is missing."""
     try:
         return as_device(spec)
     except ValueError as error:
@@ -261,7 +260,7 @@ def _columns(table: Table, about: dict[str, Any], arguments: argparse.Namespace)
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: epochs are iterations where batch_size is None; rate is the largest learning rate, if there is one."""
+    """How to train. Without a batch_size, epochs are iterations. rate: the largest learning rate, if there is one."""
 
     optimizer: str
     hidden: tuple[int, ...]
@@ -314,7 +313,7 @@ def _announce(arguments: argparse.Namespace, split: Split, plan: Plan, device: D
         how += f", {plan.batch_size:,} rows a step, learning rate {plan.rate:g} falling to 0"
     columns = split.train.X.shape[1]
     sizes = (columns, *plan.hidden, 1)
-    count = sum((above + 1) * below for above, below in zip(sizes[:-1], sizes[1:], strict=True))
+    count = sum((above + 1) * below for above, below in itertools.pairwise(sizes))
     name = "-".join(map(str, sizes)) + (f", {plan.activation}" if plan.activation else "")
     say(
         f"data      {arguments.data}: {rows:,} rows with {fitted.target}{left}",
@@ -355,7 +354,7 @@ class _Training:
         self.history: History = {}
         self.watched = split.test and (split.test.X[:WATCHED], split.target("test")[:WATCHED])
         if not plan.hidden:  # a linear model is found faster on columns of mean 0 and deviation 1
-            X = split.train.X  # noqa: N806
+            X = split.train.X
             centre = X.mean(axis=0, dtype=np.float64)
             spread = X.std(axis=0, dtype=np.float64)
             spread[spread < 1e-6] = 1
@@ -418,7 +417,7 @@ class _Training:
         say(f"note      not converged: {result.message}; --epochs allows more iterations")
         return result
 
-    def _loss(self, params: Layers, X: Any, y: Any) -> Any:  # noqa: N803  # a matrix
+    def _loss(self, params: Layers, X: Any, y: Any) -> Any:
         layers = params if self.plan.hidden else self._unscaled(params)
         activation = ACTIVATIONS[self.plan.activation] if self.plan.activation else gg.swish
         return gg.square(gg.nn.mlp(layers, X, activation)[:, 0] - y)
@@ -441,7 +440,7 @@ class _Training:
             "train_rmse": self.scale * math.sqrt(result.fun),
         }
         if self.watched:
-            X, y = self.watched  # noqa: N806
+            X, y = self.watched
             out = forward(self._layers(result.params), self.plan.activation, X, self.device)
             row["test_rmse"] = measure(y, out * np.float32(self.scale) + np.float32(self.mean))["rmse"]
         key = "lr" if "lr" in result.history else "step"
@@ -451,17 +450,17 @@ class _Training:
         self._show(result.nit, row)
 
     def _show(self, epoch: int, row: dict[str, float]) -> None:
-        parts = [f"{part} RMSE {row[f'{part}_rmse']:.5g}" for part in ("train", "test") if f"{part}_rmse" in row]
+        parts = [f"{part} RMSE {row[f'{part}_rmse']:#.5g}" for part in ("train", "test") if f"{part}_rmse" in row]
         if not self.bar.disable:
             if not self.plan.batch_size:
                 self.bar.update()
             self.bar.set_description(
-                f"epoch {epoch}/{self.plan.epochs}" if self.plan.batch_size else "lbfgs", refresh=False
+                f"epoch {epoch}/{self.plan.epochs}" if self.plan.batch_size else self.plan.optimizer, refresh=False
             )
             self.bar.set_postfix_str(", ".join(parts))
             return
         now = time.perf_counter()
-        if now - self.told >= 1 or epoch == self.plan.epochs:
+        if now - self.told >= 1 or epoch == self.plan.epochs or (self.plan.batch_size and self.plan.epochs <= 30):
             self.told = now
             what = f"epoch {epoch:>3}/{self.plan.epochs}" if self.plan.batch_size else f"iteration {epoch:>3}"
             say(f"{what}   {'   '.join(parts)}   {now - self.began:.1f} s")

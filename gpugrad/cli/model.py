@@ -5,6 +5,7 @@ The file is safetensors: the layers as float32 arrays `layers.K.W` and `layers.K
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -70,9 +71,9 @@ class Model:
     def name(self) -> str:
         """What a person calls it: "mlp 181-64-64-1, swish"."""
         sizes = "-".join(map(str, self.sizes))
-        return f"{self.kind} {sizes}, {self.activation}" if self.kind == "mlp" else f"{self.kind}, {sizes}"
+        return f"mlp {sizes}, {self.activation}" if self.kind == "mlp" else f"linear, {self.sizes[0]} columns"
 
-    def predict(self, X: Floats, device: Device) -> Floats:  # noqa: N803  # a matrix
+    def predict(self, X: Floats, device: Device) -> Floats:
         """Predictions float32 (rows,) in the target's units, a block of rows at a time. The layers are on `device`."""
         return forward(self.layers, self.activation, X, device) * np.float32(self.scale) + np.float32(self.mean)
 
@@ -145,7 +146,7 @@ class Model:
         if sizes[0] != len(preprocessor.feature_names):
             raise ValueError(f"{sizes[0]} inputs, but the preprocessing gives {len(preprocessor.feature_names)}")
         layers = []
-        for k, (above, below) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for k, (above, below) in enumerate(itertools.pairwise(sizes)):
             layer = {"W": tensors.pop(f"layers.{k}.W"), "b": tensors.pop(f"layers.{k}.b")}
             for key, shape in (("W", (above, below)), ("b", (below,))):
                 array = layer[key]
@@ -159,7 +160,7 @@ class Model:
         return cls(kind, activation, layers, preprocessor, mean, scale, metrics, options, json.loads(text["complete"]))
 
 
-def forward(layers: Layers, activation: str | None, X: Floats, device: Device) -> Floats:  # noqa: N803
+def forward(layers: Layers, activation: str | None, X: Floats, device: Device) -> Floats:
     """What the layers give for each row, float32 (rows,), in blocks."""
     act = ACTIVATIONS[activation] if activation else gg.swish  # one layer has no activation
     out = np.empty(len(X), np.float32)
@@ -190,5 +191,5 @@ def metrics_table(metrics: Mapping[str, Metrics | None], target: str) -> list[st
     for part, numbers in metrics.items():
         if numbers:
             r2 = f"{numbers['r2']:.4f}" if math.isfinite(numbers["r2"]) else "n/a"
-            lines.append(f"{part:<10}{r2:>8}{numbers['rmse']:>12.5g}{numbers['mae']:>12.5g}")
+            lines.append(f"{part:<10}{r2:>8}{numbers['rmse']:>#12.5g}{numbers['mae']:>#12.5g}")
     return lines

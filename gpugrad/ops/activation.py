@@ -122,7 +122,7 @@ gelu = elementwise(
 elu = elementwise(
     "elu",
     forward=in_float32(lambda xp, x, *, alpha=1.0: xp.where(x > 0, x, alpha * xp.expm1(xp.minimum(x, 0)))),
-    partials=lambda _y, x, *, alpha: where(x > 0, 1 + 0 * x, alpha * exp(where(x > 0, 0 * x, x))),
+    partials=lambda _y, x, *, alpha: where(x > 0, 1, alpha * exp(where(x > 0, 0, x))),
     domain=[(-3, -0.1)],
     doc="x for x > 0, else alpha * (exp(x) - 1).",
 )

@@ -11,6 +11,7 @@ import numpy
 from gpugrad.declare import Function, elementwise, nondiff
 
 _FLOAT = numpy.dtype(float)  # what a Python number stands for
+_HALF = numpy.dtype("float16")
 LN2, LN10 = math.log(2.0), math.log(10.0)
 
 # -------------------------------------------------------------------------------------------- arithmetic
@@ -221,11 +222,14 @@ def in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
         dtypes = {value.dtype for value in values if hasattr(value, "dtype")}
         if not dtypes:  # Python numbers only
             values = (numpy.float64(values[0]), *values[1:])
-        if numpy.float16 not in dtypes:
+        if _HALF not in dtypes:
             return forward(xp, *values, **params)
-        singles = (v.astype(numpy.float32) if getattr(v, "dtype", None) == numpy.float16 else v for v in values)
+        singles = (v.astype(numpy.float32) if getattr(v, "dtype", None) == _HALF else v for v in values)
         y = forward(xp, *singles, **params)
-        return y.astype(numpy.float16) if dtypes == {numpy.dtype(numpy.float16)} else y
+        if dtypes != {_HALF}:
+            return y
+        # an intermediate that comes with the result stays wide
+        return (y[0].astype(numpy.float16), *y[1:]) if isinstance(y, tuple) else y.astype(numpy.float16)
 
     return wide
 

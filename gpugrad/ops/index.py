@@ -1,5 +1,6 @@
 """Indexing, and the scattering that is its transpose."""
 
+import math
 from typing import Any
 
 import numpy
@@ -7,6 +8,7 @@ import numpy
 from gpugrad import backend
 from gpugrad.declare import Function, case, linear
 from gpugrad.errors import DeviceMismatch, ShapeMismatch
+from gpugrad.op import Node
 
 
 def _scatter_into(xp: Any, g: Any, *, shape: tuple[int, ...], index: Any) -> Any:
@@ -24,6 +26,13 @@ def _may_repeat(index: Any) -> bool:
     return any(backend.is_array(p) and p.ndim and p.dtype.kind != "b" for p in parts)
 
 
+def _drops(node: Node) -> bool:
+    """Tell whether indexing may leave elements out: an index array may, slices do if the result is smaller."""
+    index, parent = node.params["index"], node.parents[0]
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(map(backend.is_array, parts)) or math.prod(node.shape) < math.prod(parent.shape)  # type: ignore[union-attr]
+
+
 _getitem = linear(
     "getitem",
     forward=lambda xp, x, *, index: x[index],
@@ -36,7 +45,7 @@ _getitem = linear(
         case((4, 3), index=(numpy.array([[0], [3]]), numpy.array([1, 1]))),
         case((4, 3), index=(numpy.array([True, False, True, True]),)),
     ),
-    masks=True,
+    masks=_drops,
     doc="x[index], index of integers, slices, masks and integer arrays.",
 )
 scatter: Function = linear(

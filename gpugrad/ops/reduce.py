@@ -164,12 +164,18 @@ min = primitive(  # the standard's name
 
 def var(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
     """Variance over axis, with divisor n - correction."""
+    if x.dtype == numpy.float16:
+        wide = x.astype(numpy.float32)
+        return var(wide, axis=axis, correction=correction, keepdims=keepdims).astype(numpy.float16)
     centred = x - mean(x, axis=axis, keepdims=True)
     return sum(square(centred), axis=axis, keepdims=keepdims) / (count_of(x, axis) - correction)
 
 
 def std(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
     """Standard deviation over axis, with divisor n - correction; slope 0 where it is 0."""
+    if x.dtype == numpy.float16:
+        wide = x.astype(numpy.float32)
+        return std(wide, axis=axis, correction=correction, keepdims=keepdims).astype(numpy.float16)
     return _safe_sqrt(var(x, axis=axis, correction=correction, keepdims=keepdims))
 
 

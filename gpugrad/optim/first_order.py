@@ -53,9 +53,9 @@ class Layout:
                 raise TypeError(f"{name} has dtype {array.dtype}; expected float16, float32 or float64: cast it first")
         self._build = [_builder(leaf) for leaf in leaves]
         with backend.activate(self.device):
-            self.start = [self._as_array(array) for array in arrays]
-        self.shapes = [array.shape for array in self.start]
-        self.dtypes = [array.dtype for array in self.start]
+            started = [self._as_array(array) for array in arrays]
+        self.shapes = [array.shape for array in started]
+        self.dtypes = [array.dtype for array in started]
         # Half precision is for storage: its squares underflow, so the arithmetic runs in float32.
         self.work = [numpy.dtype("float32") if dtype == "float16" else dtype for dtype in self.dtypes]
 
@@ -200,14 +200,14 @@ class Optimizer:
 
         Raises ValueError or ShapeMismatch when the gradients do not fit the parameters.
         """
-        if self._layout is None:
-            self.begin(Layout(params))
-        layout = self._layout
-        assert layout is not None
+        layout = self._layout or Layout(params)
         with backend.activate(layout.device):
-            return layout.rebuild(self.advance(layout.arrays(params), layout.gradients(grads)))
+            arrays = layout.arrays(params)
+            if self._layout is None:
+                self.begin(layout, arrays)
+            return layout.rebuild(self.advance(arrays, layout.gradients(grads)))
 
-    def begin(self, layout: Layout) -> None:
+    def begin(self, layout: Layout, arrays: list[Array]) -> None:
         """Make the state for parameters of this layout, or go on with the state of an earlier run over the same."""
         before = self._layout
         if before is not None and (before.spec != layout.spec or before.shapes != layout.shapes):
@@ -216,11 +216,10 @@ class Optimizer:
                 f"{layout.spec} with {layout.shapes}; make a new optimiser for new parameters"
             )
         if before is None:
-            with backend.activate(layout.device):
-                self.state = [
-                    [layout.xp.zeros_like(array, dtype=work) for _ in range(self.buffers)]
-                    for array, work in zip(layout.start, layout.work, strict=True)
-                ]
+            self.state = [
+                [layout.xp.zeros_like(array, dtype=work) for _ in range(self.buffers)]
+                for array, work in zip(arrays, layout.work, strict=True)
+            ]
         self._layout = layout
 
     def advance(self, arrays: list[Array], grads: list[Array]) -> list[Array]:
@@ -411,11 +410,12 @@ class Precision:
         )
 
 
-def fixed_rate(optimizer: Optimizer, layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]:
+def fixed_rate(
+    optimizer: Optimizer, layout: Layout, arrays: list[Array], evaluate: Evaluate
+) -> Iterator[Iterate | Stop]:
     """Full-batch steps of an optimiser, for ever."""
-    optimizer.begin(layout)
-    xp, arrays = layout.xp, layout.start
-    rate = 0.0
+    optimizer.begin(layout, arrays)
+    xp, rate = layout.xp, 0.0
     while True:
         value, grads = evaluate(arrays)
         # A bounded objective may be finite at infinity, so the parameters are looked at as well.
@@ -425,7 +425,7 @@ def fixed_rate(optimizer: Optimizer, layout: Layout, evaluate: Evaluate) -> Iter
         rate = optimizer.rate
 
 
-def backtracking(layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]:
+def backtracking(layout: Layout, start: list[Array], evaluate: Evaluate) -> Iterator[Iterate | Stop]:
     """Gradient descent with Armijo's rule (Nocedal & Wright, algorithm 3.1).
 
     The first trial is the last step, or twice that if the last step was taken at once. The constant 0.3 (Boyd &
@@ -433,7 +433,7 @@ def backtracking(layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]
     """
     xp = layout.xp
     rule = GradientDescent(0.0)
-    rule.begin(layout)
+    rule.begin(layout, start)
 
     def look(arrays: list[Array], step: float) -> tuple[Iterate, list[Array], float]:
         value, grads = evaluate(arrays)
@@ -441,7 +441,7 @@ def backtracking(layout: Layout, evaluate: Evaluate) -> Iterator[Iterate | Stop]
         # A copy: the objective may use the memory again at the next trial.
         return Iterate(arrays, fun, grad_norm, step), [grad.copy() for grad in grads], square
 
-    here, grads, square = look(layout.start, 0.0)
+    here, grads, square = look(start, 0.0)
     yield here
     precision = Precision(layout, here.fun, here.grad_norm)
     last = 1 / math.sqrt(square) if square > 0 else 0.0  # the first trial moves by one unit of length

@@ -197,8 +197,8 @@ class _Memory:
         return d
 
 
-def lbfgs(layout: Layout, evaluate: Evaluate, *, memory: int = 10) -> Iterator[Iterate | Stop]:
-    """L-BFGS (Liu & Nocedal 1989; Nocedal & Wright, algorithm 7.5) from `layout.start`."""
+def lbfgs(layout: Layout, start: list[Array], evaluate: Evaluate, *, memory: int = 10) -> Iterator[Iterate | Stop]:
+    """L-BFGS (Liu & Nocedal 1989; Nocedal & Wright, algorithm 7.5)."""
     flat = _Flat(layout)
     xp, pairs = flat.xp, _Memory(flat, memory)
 
@@ -212,7 +212,7 @@ def lbfgs(layout: Layout, evaluate: Evaluate, *, memory: int = 10) -> Iterator[I
     def iterate(point: Point) -> Iterate:
         return Iterate(flat.split(point.x), point.fun, point.grad_norm, point.alpha)
 
-    here = look(flat.ravel(layout.start), 0.0, None)
+    here = look(flat.ravel(start), 0.0, None)
     yield iterate(here)
     precision = Precision(layout, here.fun, here.grad_norm)
     lowest, lowest_norm, idle = here.fun, here.grad_norm, 0

@@ -115,14 +115,21 @@ class _Run:
     """The record of a run: history, the best place so far, the callback and the progress bar."""
 
     def __init__(
-        self, problem: _Problem, name: str, total: int, unit: str, callback: Callback | None, progress: bool
+        self,
+        problem: _Problem,
+        start: list[Array],
+        name: str,
+        total: int,
+        unit: str,
+        callback: Callback | None,
+        progress: bool,
     ) -> None:
         self.problem = problem
         self.callback = callback
         self.history: dict[str, list[float]] = {}
         self.nit = 0
-        self.best_fun, self.best = math.inf, problem.layout.start
-        self.fun, self.arrays = math.nan, problem.layout.start
+        self.best_fun, self.best = math.inf, start
+        self.fun, self.arrays = math.nan, start
         self.bar: Any = None
         if progress:
             from tqdm import tqdm
@@ -198,16 +205,17 @@ def _mini_batch(
 ) -> Result:
     problem, layout = run.problem, run.problem.layout
     xp = layout.xp
-    optimizer.begin(layout)
-    arrays, first = layout.start, None
+    arrays = start = run.arrays
+    first = None
+    optimizer.begin(layout, start)
     total: Any = 0.0
     rows = epoch = 0
 
     def mean_so_far() -> tuple[float, bool, float]:
         """The epoch's mean loss, whether the parameters are finite, and the very first loss: one transfer."""
         finite = xp.stack([xp.all(xp.isfinite(array)) for array in arrays]).all()
-        mean, sound, start = to_host(xp, total, finite, first)
-        return mean / rows, bool(sound), start
+        mean, sound, at_start = to_host(xp, total, finite, first)
+        return mean / rows, bool(sound), at_start
 
     previous = math.inf
     try:
@@ -223,9 +231,9 @@ def _mini_batch(
                 total, rows = total + wide * batch.rows, rows + batch.rows
             if not rows:
                 raise ValueError(f"obj.batches({batch_size}, seed) gave no rows in epoch {epoch}")
-            mean, sound, start = mean_so_far()
+            mean, sound, at_start = mean_so_far()
             if epoch == 1:  # the loss of the first batch stands for that of the start
-                run.offer(start, layout.start)
+                run.offer(at_start, start)
             if not (math.isfinite(mean) and sound):
                 what = f"the mean loss became {mean}" if not math.isfinite(mean) else "the parameters became non-finite"
                 return run.failed(f"{what} in epoch {epoch}: try a smaller lr than {optimizer.rate:g}")
@@ -237,9 +245,9 @@ def _mini_batch(
             previous = mean
     except KeyboardInterrupt:
         if rows:  # part of an epoch: its parameters count when its mean loss so far is the lowest
-            mean, sound, start = mean_so_far()
+            mean, sound, at_start = mean_so_far()
             if epoch == 1:
-                run.offer(start, layout.start)
+                run.offer(at_start, start)
             if math.isfinite(mean) and sound:
                 run.offer(mean, arrays)
         return run.failed("interrupted")
@@ -352,19 +360,20 @@ def minimize(
     unit = "it" if batch_size is None else "epoch"
     # A trial step may overflow: that is detected and reported here, so NumPy need not warn of it as well.
     with backend.activate(layout.device), numpy.errstate(over="ignore", invalid="ignore"):
-        for where, array in zip(layout.names, layout.start, strict=True):
+        start = layout.arrays(params)
+        for where, array in zip(layout.names, start, strict=True):
             if not bool(layout.xp.all(layout.xp.isfinite(array))):
                 raise ValueError(f"{where} holds NaN or infinity: start from finite parameters")
-        run = _Run(problem, name, total, unit, callback, progress)
+        run = _Run(problem, start, name, total, unit, callback, progress)
         try:
             if batch_size is not None:
                 assert rule is not None
                 return _mini_batch(run, obj, rule, batch_size, total, seed, tol)
             evaluate = functools.partial(problem.evaluate, _evaluator(obj))
             if rule is not None:
-                states, step_name = fixed_rate(rule, layout, evaluate), "lr"
+                states, step_name = fixed_rate(rule, layout, start, evaluate), "lr"
             else:
-                states, step_name = (lbfgs if method == "lbfgs" else backtracking)(layout, evaluate), "step"
+                states, step_name = (lbfgs if method == "lbfgs" else backtracking)(layout, start, evaluate), "step"
             return _full_batch(run, states, step_name, total, tol)
         except KeyboardInterrupt:
             return run.failed("interrupted")
