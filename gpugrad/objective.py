@@ -108,7 +108,7 @@ class Objective:
         self._block_size = block_size
         self._auto: dict[Any, tuple[int, int]] = {}
         self._threads = available_cores() if threads is None else threads
-        self._scale = 1.0 / self.rows if reduction == "mean" else 1.0
+        self._divisor = self.rows if reduction == "mean" else 1
         floats = {a.dtype for a in self.data if a.dtype.kind == "f"}
         self._float = floats.pop() if len(floats) == 1 else numpy.dtype(numpy.float64)
 
@@ -152,7 +152,7 @@ class Objective:
             with backend.activate(self.device):
                 batch.data = tuple(_frozen(array.take(rows, axis=0)) for array in self.data)
             batch.rows = len(rows)
-            batch._scale = 1.0 / batch.rows if self.reduction == "mean" else self.rows / batch.rows
+            batch._divisor = batch.rows if self.reduction == "mean" else batch.rows / self.rows
             yield batch
 
     # ------------------------------------------------------------------------------------------------ inside
@@ -174,8 +174,9 @@ class Objective:
         bad = [s.bad for s in stripes if s.bad is not None]
         if bad and check:
             self._report(*min(bad))
-        with backend.activate(self.device):
-            total = sum((s.total for s in stripes[1:]), stripes[0].total) * self._scale
+        # infinities that meet here are reported by row, or are the caller's to judge
+        with backend.activate(self.device), numpy.errstate(all="ignore"):
+            total = sum((s.total for s in stripes[1:]), stripes[0].total) / self._divisor
             grads: list[Any] | None = None
             if gradients:
                 grads = stripes[0].gradients or []
@@ -183,7 +184,7 @@ class Objective:
                     for acc, more in zip(grads, stripe.gradients or (), strict=True):
                         acc += more
                 for acc in grads:
-                    acc *= self._scale
+                    acc /= self._divisor
             if self.penalty is not None:
                 extra, extra_grads = value_and_grad(self.penalty)(optree.tree_unflatten(structure, arrays))
                 total = total + extra.astype(numpy.float64)
@@ -260,9 +261,10 @@ class Objective:
         xp = backend.namespace(values)
         seed = xp.ones(values.shape, dtype=values.dtype)
         nodes = [t._node for t in tensors]
-        for node, g in sweep([(losses._node, seed)], nodes).items():
-            acc = into.gradients[nodes.index(node)]
-            acc += g
+        with numpy.errstate(all="ignore"):
+            for node, g in sweep([(losses._node, seed)], nodes).items():
+                acc = into.gradients[nodes.index(node)]
+                acc += g
 
     def _losses(self, tensors: list[Any], structure: Any, start: int, size: int) -> Any:
         """Run the loss over one block and check what it returns."""

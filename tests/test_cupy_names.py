@@ -11,7 +11,8 @@ import gpugrad as gg
 from gpugrad.op import registry
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("cupy") is None, reason="CuPy is not installed (no GPU is needed: pip install cupy-cuda13x)"
+    importlib.util.find_spec("cupy") is None,
+    reason="CuPy is not installed (no GPU is needed: pip install cupy-cuda13x)",
 )
 
 

@@ -76,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     done = time.perf_counter()
 
     say(*metrics_table(metrics, split.preprocessor.target))
+    if metrics["train"] and metrics["train"]["r2"] < 0:
+        say("note      this is worse than predicting the mean: try a smaller --lr or another number of --epochs")
     say(f"seconds   {done - started:.1f} (data {loaded - started:.1f}, training {trained - loaded:.1f})")
     if arguments.out:
         write(arguments.out, model.save)

@@ -101,7 +101,9 @@ class Model:
             "options": json.dumps(self.options),
             "complete": json.dumps(self.complete),
         }
-        safetensors.numpy.save_file(tensors, path, metadata=text)
+        # not save_file, whose files only their owner may read
+        with open(path, "wb") as file:
+            file.write(safetensors.numpy.save(tensors, metadata=text))
 
     @classmethod
     def load(cls, path: str) -> Model:

@@ -10,6 +10,8 @@ from gpugrad.cli.model import Floats, Metrics
 
 # share of the rows that may lie outside the frame, where a few far ones would shrink all others to a spot
 OUTSIDE = 1e-3
+# up to here every row is a dot of its own
+FEW = 2000
 TRAIN, TEST = "#1f5fa8", "#c2410c"
 
 
@@ -43,8 +45,8 @@ def _learning_curve(axes: Any, history: dict[str, list[float]], column: str, by_
     from matplotlib.ticker import MaxNLocator
 
     epochs, train, test = (history.get(name, []) for name in ("epoch", "train_rmse", "test_rmse"))
-    marker = "o" if len(epochs) <= 40 else ""
-    label = "train (mean while the epoch ran)" if by_epoch else "train"
+    marker = "o" if len(epochs) <= 20 else ""
+    label = "train, mean over the epoch" if by_epoch else "train"
     axes.plot(epochs, train, color=TRAIN, marker=marker, markersize=4.5, label=label)
     if test:
         axes.plot(epochs, test, color=TEST, marker=marker and "s", markersize=4.5, linestyle="--", label="test")
@@ -53,10 +55,10 @@ def _learning_curve(axes: Any, history: dict[str, list[float]], column: str, by_
     low, high = float(shown.min()), float(shown.max())
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set(title="Learning curve", xlabel="epoch" if by_epoch else "iteration", ylabel=f"RMSE of {column}")
-    axes.set_ylim(low - pad, high + pad)
+    axes.set_ylim(low - pad, high + 3 * pad)  # room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", framealpha=1)
 
 
 def _frame(true: Floats, predicted: Floats) -> tuple[float, float]:
@@ -72,27 +74,16 @@ def _frame(true: Floats, predicted: Floats) -> tuple[float, float]:
 
 
 def _predicted_true(axes: Any, true: Floats, predicted: Floats, column: str, part: str, metrics: Metrics) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, LogNorm
-
     low, high = _frame(true, predicted)
     inside = (true >= low) & (true <= high) & (predicted >= low) & (predicted <= high)
-    # the palest colours would be lost on paper
-    colors = ListedColormap(colormaps["viridis_r"](np.linspace(0.06, 1, 256)))
-    size = int(np.clip(np.sqrt(len(true)) / 3, 20, 75))
-    cells = axes.hexbin(
-        true[inside],
-        predicted[inside],
-        gridsize=size,
-        extent=(low, high, low, high),
-        mincnt=1,
-        cmap=colors,
-        linewidths=0,
-    )
-    cells.set_norm(LogNorm(1, max(10, float(cells.get_array().max()))))
+    if len(true) <= FEW:
+        axes.scatter(true[inside], predicted[inside], s=16, color=TRAIN, alpha=0.5, linewidths=0)
+    else:
+        _density(axes, true[inside], predicted[inside], (low, high, low, high), len(true))
+    r2 = f"{metrics['r2']:.4f}" if np.isfinite(metrics["r2"]) else "n/a"
     axes.axline((low, low), slope=1, color="black", linewidth=1.1, linestyle="--", label="predicted = true")
     axes.set(
-        title=f"{part.capitalize()}: R² {metrics['r2']:.4f}, RMSE {metrics['rmse']:.4g}, MAE {metrics['mae']:.4g}",
+        title=f"{part.capitalize()}: R² {r2}, RMSE {metrics['rmse']:#.4g}, MAE {metrics['mae']:#.4g}",
         xlabel=f"true {column}",
         ylabel=f"predicted {column}",
         xlim=(low, high),
@@ -102,6 +93,18 @@ def _predicted_true(axes: Any, true: Floats, predicted: Floats, column: str, par
     if outside := len(true) - int(inside.sum()):
         text = f"{outside:,} of {len(true):,} rows lie outside"
         axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=9, color="#444444")
-    axes.figure.colorbar(cells, ax=axes, label=f"rows in a cell, of {len(true):,}", shrink=0.9)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
+
+
+def _density(axes: Any, true: Floats, predicted: Floats, extent: tuple[float, float, float, float], rows: int) -> None:
+    """Rows counted in hexagons, on a logarithmic scale."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    # the palest colours would be lost on paper
+    colors = ListedColormap(colormaps["viridis_r"](np.linspace(0.06, 1, 256)))
+    size = int(np.clip(np.sqrt(rows) / 3, 20, 75))
+    cells = axes.hexbin(true, predicted, gridsize=size, extent=extent, mincnt=1, cmap=colors, linewidths=0)
+    cells.set_norm(LogNorm(1, max(10, float(cells.get_array().max()))))
+    axes.figure.colorbar(cells, ax=axes, label=f"rows in a cell, of {rows:,}", shrink=0.9, format="{x:,.0f}")

@@ -42,7 +42,7 @@ def _swish_kept(xp: Any, x: Any, beta: Any) -> Any:
     With |z| <= 80 throughout (the rule), e = exp(-z) serves both tails without a branch an element.
     """
     z = x if type(beta) is float and beta == 1 else beta * x
-    if isinstance(z, numpy.ndarray) and z.size and z.min() > -80 and z.max() < 80:
+    if isinstance(z, numpy.ndarray) and z.ndim and z.size and z.min() > -80 and z.max() < 80:
         e = xp.negative(z)
         xp.exp(e, out=e)
         s = e + 1

@@ -1,0 +1,359 @@
+"""The finite sum: exact for any block size, reproducible, small in memory, clear when something is wrong."""
+
+import threading
+import tracemalloc
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpugrad as gg
+from gpugrad import objective as module
+
+
+def linear_loss(params: Any, X: Any, y: Any) -> Any:
+    return (X @ params["w"] + params["b"] - y) ** 2
+
+
+def logistic(w: Any, X: Any, y: Any, weight: Any) -> Any:
+    return weight * gg.softplus((1 - 2 * y) * (X @ w))
+
+
+@pytest.fixture
+def data(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    X = rng.normal(size=(1003, 4))
+    return X, X @ [1.0, -2.0, 0.5, 3.0] + rng.normal(size=1003)
+
+
+def exact(params: dict[str, Any], X: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, float]:
+    """Value and gradient of the mean by hand."""
+    r = X @ params["w"] + params["b"] - y
+    return float(np.mean(r * r)), 2 * r @ X / len(y), float(2 * r.mean())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("block_size", [1, 7, 250, 1003, 5000, "auto"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_exact_for_any_block_size(data: Any, block_size: Any, threads: int, reduction: str) -> None:
+    params = {"w": np.array([0.3, -0.2, 0.9, 1.1]), "b": 0.7}
+    obj = gg.Objective(linear_loss, data, block_size=block_size, threads=threads, reduction=reduction)
+    value, grads = obj.value_and_grad(params)
+    right, gw, gb = exact(params, *data)
+    scale = 1 if reduction == "mean" else len(data[0])
+    assert value == pytest.approx(scale * right, rel=1e-13)
+    np.testing.assert_allclose(grads["w"], scale * gw, rtol=1e-12)
+    assert grads["b"] == pytest.approx(scale * gb, rel=1e-11)
+    assert obj.value(params) == value
+    assert type(value) is float
+    assert type(grads["b"]) is float
+
+
+def test_same_bits_whatever_the_threads_do(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(20_000, 8)).astype(np.float32)
+    y = rng.normal(size=20_000).astype(np.float32)
+    w = rng.normal(size=8).astype(np.float32)
+    results = []
+    for threads in (1, 2, 3, 8, 2, 2):
+        obj = gg.Objective(lambda w, X, y: gg.swish(X @ w) * y, (X, y), block_size=500, threads=threads)
+        value, g = obj.value_and_grad(w)
+        results.append((value, g.tobytes()))
+    assert len(set(results)) == 1
+
+
+def test_accumulates_in_float64() -> None:
+    # 1 + 2**-20 in float32 repeated: a float32 accumulator stalls far from the mean
+    n = 3_000_000
+    x = np.full(n, 1 + 2.0**-20, np.float32)
+    obj = gg.Objective(lambda w, x: w * x, (x,), block_size=1000)
+    value, g = obj.value_and_grad(np.float32(1.0) * np.ones((), np.float32))
+    assert value == pytest.approx(1 + 2.0**-20, rel=1e-12)
+    assert float(g) == pytest.approx(1 + 2.0**-20, rel=1e-7)
+
+
+def test_penalty_is_added_once(data: Any) -> None:
+    params = {"w": np.arange(4.0), "b": 1.0}
+    penalty = lambda p: 0.5 * gg.sum(p["w"] ** 2)  # noqa: E731
+    plain = gg.Objective(linear_loss, data, block_size=10)
+    penalised = gg.Objective(linear_loss, data, block_size=10, penalty=penalty, reduction="mean")
+    v0, g0 = plain.value_and_grad(params)
+    v1, g1 = penalised.value_and_grad(params)
+    assert v1 - v0 == pytest.approx(7.0, rel=1e-12)
+    np.testing.assert_allclose(g1["w"] - g0["w"], np.arange(4.0), atol=1e-12)
+    assert g1["b"] == g0["b"]
+    assert penalised.value(params) == v1
+    for batch in penalised.batches(100, seed=1):
+        assert batch.value(params) - gg.Objective(linear_loss, batch.data).value(params) == pytest.approx(7.0)
+
+
+def test_sample_weights_count_rows(rng: np.random.Generator) -> None:
+    X, y = rng.normal(size=(50, 3)), rng.integers(0, 2, 50)
+    count = rng.integers(1, 4, 50)
+    w = rng.normal(size=3)
+    weighted = gg.Objective(logistic, (X, y, count), reduction="sum").value_and_grad(w)
+    repeated = gg.Objective(
+        logistic, (X.repeat(count, 0), y.repeat(count), np.ones(count.sum())), reduction="sum"
+    ).value_and_grad(w)
+    assert weighted[0] == pytest.approx(repeated[0], rel=1e-12)
+    np.testing.assert_allclose(weighted[1], repeated[1], rtol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_gradients_come_like_the_parameters(data: Any, kind: str) -> None:
+    w = np.ones(4, np.float32)
+    params = {"w": gg.tensor(w) if kind == "tensor" else w, "b": 0.0}
+    _, grads = gg.Objective(linear_loss, data).value_and_grad(params)
+    assert type(grads["w"]) is (gg.Tensor if kind == "tensor" else np.ndarray)
+    assert grads["w"].dtype == np.float32
+    if kind == "array":
+        assert grads["w"].flags.writeable
+
+
+def test_python_float_does_not_widen(rng: np.random.Generator) -> None:
+    seen = []
+
+    def loss(params: Any, X: Any) -> Any:
+        out = X @ params["w"] + params["b"]
+        seen.append(out.dtype)
+        return out
+
+    X = rng.normal(size=(20, 3)).astype(np.float32)
+    gg.Objective(loss, (X,)).value_and_grad({"w": np.ones(3, np.float32), "b": 0.5})
+    assert set(seen) == {np.dtype(np.float32)}
+
+
+def test_batches_are_one_seeded_epoch(data: Any) -> None:
+    X, y = data
+    obj = gg.Objective(linear_loss, data)
+    rows = [batch.data[1] for batch in obj.batches(100, seed=3)]
+    assert [len(r) for r in rows] == [100] * 10 + [3]
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.sort(y))
+    again = [batch.data[1] for batch in obj.batches(100, seed=3)]
+    other = [batch.data[1] for batch in obj.batches(100, seed=4)]
+    np.testing.assert_array_equal(np.concatenate(rows), np.concatenate(again))
+    assert not np.array_equal(np.concatenate(rows), np.concatenate(other))
+    for batch in obj.batches(100, seed=3):
+        picked = [int(np.flatnonzero(y == v)[0]) for v in batch.data[1]]
+        np.testing.assert_array_equal(batch.data[0], X[picked])  # rows stay together
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batch_gradients_average_to_the_full_one(data: Any, reduction: str) -> None:
+    params = {"w": np.ones(4), "b": 0.1}
+    obj = gg.Objective(linear_loss, data, reduction=reduction)
+    _, full = obj.value_and_grad(params)
+    parts = [(b.rows, b.value_and_grad(params)[1]["w"]) for b in obj.batches(100, seed=0)]
+    mean = sum(n * g for n, g in parts) / obj.rows
+    np.testing.assert_allclose(mean, full["w"], rtol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["least squares", "many intermediates", "wide intermediates"])
+def test_memory_stays_under_100_mb(name: str) -> None:
+    def many(w: Any, X: Any, y: Any) -> Any:
+        z = X * w
+        for _ in range(40):
+            z = gg.tanh(z) + z
+        return z.sum(axis=1) - y
+
+    losses = {
+        "least squares": lambda w, X, y: (X @ w - y) ** 2,
+        "many intermediates": many,
+        "wide intermediates": lambda w, X, y: (
+            gg.exp(-gg.expand_dims(X, axis=2) * gg.expand_dims(X * w, axis=1)).sum(axis=(1, 2)) - y
+        ),
+    }
+    rows = 2_000_000 if name == "least squares" else 200_000
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((rows, 32), dtype=np.float32)
+    y = rng.standard_normal(rows).astype(np.float32)
+    w = (rng.standard_normal(32) * 0.1).astype(np.float32)
+    obj = gg.Objective(losses[name], (X, y), threads=2)
+    tracemalloc.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        obj.evaluate(w)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6, f"{peak / 1e6:.0f} MB"
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda p, X, y: gg.mean((X @ p - y) ** 2), r"shape \(\) for a block of 1003 rows, expected shape \(1003,\)"),
+        (lambda p, X, y: gg.expand_dims(X @ p, axis=1), r"shape \(1003, 1\).*\[:, 0\]"),
+        (lambda p, X, y: 3.0, "a float"),
+        (lambda p, X, y: None, "a NoneType"),
+    ],
+)
+def test_loss_of_a_wrong_shape(data: Any, loss: Any, message: str) -> None:
+    obj = gg.Objective(loss, data, block_size=2000)
+    with pytest.raises(gg.ShapeMismatch, match=message):
+        obj.value_and_grad(np.ones(4))
+
+
+def test_integer_loss_is_refused(data: Any) -> None:
+    with pytest.raises(gg.NotDifferentiable, match="bool"):
+        gg.Objective(lambda p, X, y: X @ p > y, data).value_and_grad(np.ones(4))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_loss_names_the_first_row(data: Any, threads: int, bad: float) -> None:
+    X, y = data[0], data[1].copy()
+    y[[900, 412, 777]] = bad
+    obj = gg.Objective(linear_loss, (X, y), block_size=100, threads=threads)
+    params = {"w": np.ones(4), "b": 0.0}
+    with pytest.raises(gg.NonFiniteLoss, match=r"at row 412 of the data \(block 4, row 12 in it\)"):
+        obj.value_and_grad(params)
+    with pytest.raises(gg.NonFiniteLoss, match="row 412"):
+        obj.value(params)
+    value, _ = obj.evaluate(params)
+    assert not np.isfinite(value)
+
+
+def test_errors_in_the_loss_come_through_from_threads(data: Any) -> None:
+    def loss(p: Any, X: Any, y: Any) -> Any:
+        if y[0] == data[1][500]:
+            raise KeyError("mine")
+        return X @ p
+
+    obj = gg.Objective(loss, data, block_size=100, threads=2)
+    for _ in range(3):
+        with pytest.raises(KeyError, match="mine"):
+            obj.value_and_grad(np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ((np.ones((5, 2)), np.ones(4)), gg.ShapeMismatch, r"unequal length \[5, 4\]"),
+        ((np.ones((0, 2)), np.ones(0)), ValueError, "no rows"),
+        ((), ValueError, "no data"),
+        ((np.ones((5, 2)), [1, 2, 3, 4, 5]), TypeError, r"data\[1\] is a list"),
+        ((np.float64(3.0),), gg.ShapeMismatch, "0-d"),
+    ],
+)
+def test_bad_data(data: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gg.Objective(lambda p, *block: p, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "max"}, "reduction='max'"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"block_size": "big"}, "block_size='big'"),
+        ({"threads": 0}, "threads=0"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+    ],
+)
+def test_bad_settings(data: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gg.Objective(linear_loss, data, **options)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"w": np.arange(4), "b": 0.0}, gg.NotDifferentiable, "int64"),
+        ({"w": np.ones(4), "b": 1}, TypeError, "int"),
+        ({"w": "x", "b": 1.0}, TypeError, "str"),
+    ],
+)
+def test_bad_parameters(data: Any, params: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gg.Objective(linear_loss, data).value_and_grad(params)
+
+
+def test_batches_refuse_a_bad_size(data: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size=0"):
+        next(gg.Objective(linear_loss, data).batches(0))
+
+
+# ------------------------------------------------------------------------------------------------------ surroundings
+
+
+def test_the_loss_cannot_write_to_the_data(data: Any) -> None:
+    def loss(p: Any, X: Any, y: Any) -> Any:
+        X *= 2
+        return X @ p
+
+    with pytest.raises(ValueError, match="read-only"):
+        gg.Objective(loss, data).value_and_grad(np.ones(4))
+    assert data[0].flags.writeable
+
+
+def test_data_is_not_copied(data: Any) -> None:
+    obj = gg.Objective(linear_loss, data)
+    assert obj.data[0] is data[0]
+    data[0][:] = 0.0
+    data[1][:] = 2.0
+    assert obj.value({"w": np.ones(4), "b": 0.0}) == 4.0
+
+
+def test_a_scratch_array_of_the_loss_is_protected(rng: np.random.Generator) -> None:
+    # The data is trusted for the length of a call; what the loss itself writes to is not.
+    x = rng.normal(size=100)
+    scratch = np.empty(100)
+
+    def loss(w: Any, x: Any) -> Any:
+        mine = scratch[: len(x)]
+        mine[:] = x
+        product = w * mine
+        mine[:] = 1e9
+        return product
+
+    _, g = gg.Objective(loss, (x,), threads=1, reduction="sum").value_and_grad(np.ones(()))
+    assert float(g) == pytest.approx(x.sum())
+
+
+def test_float_errors_follow_the_callers_settings(rng: np.random.Generator) -> None:
+    x = np.full(1000, 1e300)
+    obj = gg.Objective(lambda w, x: w * x * x, (x,), block_size=100, threads=2)
+    with np.errstate(over="ignore"):
+        obj.evaluate(np.ones(()))
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        obj.evaluate(np.ones(()))
+
+
+def test_many_threads_use_one_objective(data: Any) -> None:
+    obj = gg.Objective(linear_loss, data, block_size=50, threads=2)
+    params = {"w": np.ones(4), "b": 0.5}
+    right = obj.value_and_grad(params)[0]
+    got: list[float] = []
+
+    def work() -> None:
+        got.extend(obj.value_and_grad(params)[0] for _ in range(5))
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert got == [right] * 40
+
+
+def test_loss_that_ignores_the_parameters(data: Any) -> None:
+    value, g = gg.Objective(lambda p, X, y: y, data).value_and_grad(np.ones(4))
+    assert value == pytest.approx(data[1].mean())
+    np.testing.assert_array_equal(g, np.zeros(4))
+
+
+def test_blas_threads_are_put_back(data: Any) -> None:
+    before = module._blas().info()
+    gg.Objective(linear_loss, data, block_size=50, threads=2).value({"w": np.ones(4), "b": 0.0})
+    assert module._blas().info() == before
+
+
+def test_memory_maps_are_data(tmp_path: Any, rng: np.random.Generator) -> None:
+    X = rng.normal(size=(500, 3))
+    np.save(tmp_path / "x.npy", X)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    w = np.ones(3)
+    assert gg.Objective(lambda w, X: X @ w, (mapped,)).value(w) == pytest.approx((X @ w).mean(), rel=1e-12)
