@@ -144,7 +144,6 @@ def _declare(
     op.masks = masks
     op.residual = None if residual is None else (residual[0], tuple(residual[1]))
     op.reason = reason
-    op.defaults = {p.name: p.default for p in static if p.default is not p.empty}
     if kind == "elementwise":
         op.partials = rules
         op.needs = tuple(_kept(rule, first=0) if callable(rule) else () for rule in rules)
@@ -162,7 +161,7 @@ def _declare(
     if variadic:
         shown = [inspect.Parameter("arrays", inspect.Parameter.POSITIONAL_ONLY)]
     else:
-        shown = [p.replace(kind=p.POSITIONAL_ONLY) for p in arrays]
+        shown = [p.replace(kind=p.POSITIONAL_ONLY) if p.default is p.empty else p for p in arrays]
     shown += [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in static]
     op.function = make_function(op, count, inspect.Signature(shown))
     register(op)

@@ -108,7 +108,7 @@ class Objective:
         self._block_size = block_size
         self._auto: dict[Any, tuple[int, int]] = {}
         self._threads = available_cores() if threads is None else threads
-        self._divisor = self.rows if reduction == "mean" else 1
+        self._divisor: float = self.rows if reduction == "mean" else 1
         floats = {a.dtype for a in self.data if a.dtype.kind == "f"}
         self._float = floats.pop() if len(floats) == 1 else numpy.dtype(numpy.float64)
 

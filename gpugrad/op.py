@@ -60,7 +60,6 @@ class Op:
     domain: Any = None
     reason: str = ""
     residual: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
-    defaults: dict[str, Any] = field(default_factory=dict)
     function: Callable[..., Any] = field(init=False, repr=False)
 
 
@@ -409,24 +408,25 @@ def make_function(op: Op, arrays: int, signature: inspect.Signature) -> Callable
     The first `arrays` parameters are arrays (a variadic op takes one sequence of them), the others static.
     """
     parameters = list(signature.parameters.values())
-    static = [p.name for p in parameters[1 if op.variadic else arrays :]]
     written_out = op.kind == "elementwise" and op.residual is None and arrays == len(parameters)
+    names = [p.name for p in parameters[1 if op.variadic else 0 :]]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     if written_out and arrays == 1:
         call = _unary(op)
     elif written_out and arrays == 2:
         call = _binary(op)
-        call.__defaults__ = tuple(p.default for p in parameters if p.default is not p.empty) or None
+        call.__defaults__ = tuple(defaults.values()) or None
     elif op.variadic:
 
         def call(sequence: Any, /, *rest: Any, **params: Any) -> Any:
-            return _run(op, tuple(sequence), _bind(op, static, rest, params))
+            return _run(op, tuple(sequence), _bound(op, names, defaults, rest, params))
     else:
-        defaults = tuple(p.default for p in parameters[:arrays])
 
         def call(*args: Any, **params: Any) -> Any:
-            if len(args) < arrays:
-                args += tuple(d for d in defaults[len(args) :] if d is not inspect.Parameter.empty)
-            return _run(op, args[:arrays], _bind(op, static, args[arrays:], params))
+            if len(args) == arrays == len(names) and not params:
+                return _run(op, args, params)
+            bound = _bound(op, names, defaults, args, params)
+            return _run(op, tuple(bound.pop(name) for name in names[:arrays]), bound)
 
     call.__name__ = call.__qualname__ = op.name.rpartition(".")[2]
     call.__doc__ = op.doc
@@ -435,13 +435,18 @@ def make_function(op: Op, arrays: int, signature: inspect.Signature) -> Callable
     return call
 
 
-def _bind(op: Op, names: list[str], values: tuple[Any, ...], params: dict[str, Any]) -> dict[str, Any]:
-    """Join static parameters given by position, by name and by default."""
-    if not values:
-        return op.defaults | params if op.defaults else params
-    if len(values) > len(names) or any(name in params for name in names[: len(values)]):
-        raise TypeError(f"{op.name}: too many arguments; its signature is {inspect.signature(op.function)}")
-    return op.defaults | params | dict(zip(names, values, strict=False))
+def _bound(
+    op: Op, names: list[str], defaults: dict[str, Any], args: tuple[Any, ...], params: dict[str, Any]
+) -> dict[str, Any]:
+    """Join arguments given by position, by name and by default; inspect.Signature.bind takes ten times as long."""
+    given = dict(zip(names, args, strict=False))
+    bound = defaults | given | params
+    if len(args) > len(names) or len(given) + len(params) > len(given | params) or len(bound) != len(names):
+        surplus = [name for name in params if name not in names or name in given]
+        missing = [name for name in names if name not in bound]
+        what = f"unexpected argument {surplus[0]!r}" if surplus else f"missing {missing[0]!r}" if missing else "too many"
+        raise TypeError(f"{op.name}: {what}; call it as {op.name}{inspect.signature(op.function)}")
+    return bound
 
 
 def refuse(op: Op) -> Callable[..., Any]:
