@@ -83,11 +83,12 @@ class Tensor:
     @property
     def grad(self) -> "Tensor | None":
         """The gradient that `backward` has added up for this leaf, or None."""
-        return None if self._node is None else self._node.grad
+        node = self._node
+        return node.grad if node is not None and node.op is None else None
 
     def zero_grad(self) -> None:
         """Forget the gradient collected so far."""
-        if self._node is not None:
+        if self._node is not None and self._node.op is None:
             self._node.grad = None
 
     def detach(self) -> "Tensor":

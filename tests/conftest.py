@@ -1,6 +1,6 @@
 """Marks that depend on the machine, and the fixtures that every test may use."""
 
-import importlib.util
+import functools
 import os
 
 import numpy as np
@@ -9,14 +9,20 @@ import pytest
 from gpugrad import backend
 
 
+@functools.cache
 def _no_gpu() -> str | None:
     """Say why tests marked `gpu` cannot run here, or None when they can."""
     return backend.cuda_problem()
 
 
+@functools.cache
 def _no_torch() -> str | None:
     """Say why tests marked `oracle` cannot run here, or None when they can."""
-    return None if importlib.util.find_spec("torch") else "PyTorch is not installed"
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        return f"PyTorch cannot be imported: {error}"
+    return None
 
 
 def pytest_runtest_setup(item):

@@ -172,7 +172,10 @@ def _add_fit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--batch-size", type=_integer(1), metavar="N", help="rows a step (default: by the number of rows, at most 1024)"
     )
     training.add_argument(
-        "--lr", type=_rate, metavar="RATE", help="largest learning rate; it rises to this and falls to 0 (default 0.01)"
+        "--lr",
+        type=_rate,
+        metavar="RATE",
+        help="largest learning rate; it rises to this, then falls to 0 (default 0.01, sgd 0.05, less for wide layers)",
     )
     training.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
     output = fit.add_argument_group("output")

@@ -28,9 +28,9 @@ from gpugrad.optim import SGD, Optimizer, Result, minimize
 
 HIDDEN = (64, 64)
 LARGEST_BATCH = 1024
-# what the default number of epochs adds up to, as far as it is among these
+# what the default number of epochs adds up to; more than 20 overfit small tables
 STEPS = 3000
-EPOCHS = (5, 100)
+EPOCHS = (5, 20)
 ITERATIONS = 300
 TOL = 1e-4
 RATES = {"adam": 0.01, "adamw": 0.01, "sgd": 0.05}
@@ -68,9 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:
-        raise KeyboardInterrupt(_interrupted(model, arguments.out, result.nit))
+        raise KeyboardInterrupt(
+            _interrupted(model, arguments.out, f"{result.nit} {'epochs' if plan.batch_size else 'iterations'}")
+        )
     metrics: dict[str, Metrics | None] = {"train": None, "test": None}
     for part, values in predicted.items():
+        if not np.isfinite(values).all():
+            raise GpugradError("training failed: the model predicts infinite values; try a smaller --lr")
         metrics[part] = measure(split.target(part), values)
     model = replace(model, metrics=metrics, complete=True)
     done = time.perf_counter()
@@ -356,10 +360,7 @@ class _Training:
         self.history: History = {}
         self.watched = split.test and (split.test.X[:WATCHED], split.target("test")[:WATCHED])
         if not plan.hidden:  # a linear model is found faster on columns of mean 0 and deviation 1
-            X = split.train.X
-            centre = X.mean(axis=0, dtype=np.float64)
-            spread = X.std(axis=0, dtype=np.float64)
-            spread[spread < 1e-6] = 1
+            centre, spread = _moments(split.train.X)
             self.centre, self.shrink = (
                 to_device(array.astype(np.float32)[:, None], device) for array in (centre, 1 / spread)
             )
@@ -375,16 +376,15 @@ class _Training:
         if not plan.hidden:
             start[0]["W"] *= 0
         self.began = self.told = time.perf_counter()
-        total = rows * plan.epochs if plan.batch_size else None
-        unit = "row" if plan.batch_size else "it"
+        batches = plan.batch_size is not None
         self.bar = tqdm(
-            total=total,
-            unit=unit,
-            unit_scale=True,
-            desc="training",
+            total=rows * plan.epochs if batches else None,
+            unit="row" if batches else "it",
+            unit_scale=batches,
+            desc=plan.optimizer,
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not _terminal(),
         )
         try:
             if plan.batch_size:
@@ -432,7 +432,7 @@ class _Training:
     def _layers(self, params: Layers) -> Layers:
         if self.plan.hidden:
             return params
-        return [{key: tensor.data for key, tensor in layer.items()} for layer in self._unscaled(params)]
+        return [{key: gg.asarray(array).data for key, array in layer.items()} for layer in self._unscaled(params)]
 
     def _watch(self, result: Result) -> None:
         """Note one epoch in the history, and show it."""
@@ -454,11 +454,10 @@ class _Training:
     def _show(self, epoch: int, row: dict[str, float]) -> None:
         parts = [f"{part} RMSE {row[f'{part}_rmse']:#.5g}" for part in ("train", "test") if f"{part}_rmse" in row]
         if not self.bar.disable:
-            if not self.plan.batch_size:
+            if self.plan.batch_size:
+                self.bar.set_description(f"epoch {epoch}/{self.plan.epochs}", refresh=False)
+            else:
                 self.bar.update()
-            self.bar.set_description(
-                f"epoch {epoch}/{self.plan.epochs}" if self.plan.batch_size else self.plan.optimizer, refresh=False
-            )
             self.bar.set_postfix_str(", ".join(parts))
             return
         now = time.perf_counter()
@@ -486,13 +485,35 @@ class _Training:
         )
 
 
+def _moments(X: Floats) -> tuple[Any, Any]:
+    """Mean and standard deviation of each column in float64, 1 for a constant one; a block of rows at a time."""
+    total, squares = np.zeros((2, X.shape[1]))
+    for start in range(0, len(X), 4096):
+        block = X[start : start + 4096].astype(np.float64)
+        total += block.sum(axis=0)
+        squares += np.einsum("ij,ij->j", block, block)
+    mean = total / len(X)
+    spread = np.sqrt(np.maximum(squares / len(X) - mean * mean, 0))
+    # the columns are standardised or 0 and 1: less is rounding
+    spread[spread < 1e-6] = 1
+    return mean, spread
+
+
+def _terminal() -> bool:
+    """Whether stderr is a terminal that a bar fits on."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
 def _ridge(params: Layers) -> Any:
     return RIDGE * gg.sum(gg.square(params[0]["W"]))
 
 
-def _interrupted(model: Model, out: str | None, epochs: int) -> str:
+def _interrupted(model: Model, out: str | None, done: str) -> str:
     """Keep what there is, and say so."""
     if out is None:
         return "interrupted; nothing was kept (--out FILE keeps the best parameters so far)"
     write(out, model.save)
-    return f"interrupted after {epochs} epochs or iterations; the best parameters so far are in {out}"
+    return f"interrupted after {done}; the best parameters so far are in {out}"

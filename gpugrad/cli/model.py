@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class Model:
         sizes = "-".join(map(str, self.sizes))
         return f"mlp {sizes}, {self.activation}" if self.kind == "mlp" else f"linear, {self.sizes[0]} columns"
 
+    @np.errstate(over="ignore", invalid="ignore")
     def predict(self, X: Floats, device: Device) -> Floats:
         """Predictions float32 (rows,) in the target's units, a block of rows at a time. The layers are on `device`."""
         return forward(self.layers, self.activation, X, device) * np.float32(self.scale) + np.float32(self.mean)
@@ -80,7 +81,7 @@ class Model:
     def on(self, device: Device) -> Model:
         """The same model with its layers on a device."""
         layers = [{key: to_device(array, device) for key, array in layer.items()} for layer in self.layers]
-        return Model(**{**self.__dict__, "layers": layers})
+        return replace(self, layers=layers)
 
     def save(self, path: str) -> None:
         """Write the model to a safetensors file."""
@@ -162,6 +163,7 @@ class Model:
         return cls(kind, activation, layers, preprocessor, mean, scale, metrics, options, json.loads(text["complete"]))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite shows in the result
 def forward(layers: Layers, activation: str | None, X: Floats, device: Device) -> Floats:
     """What the layers give for each row, float32 (rows,), in blocks."""
     act = ACTIVATIONS[activation] if activation else gg.swish  # one layer has no activation

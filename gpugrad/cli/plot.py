@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,11 @@ def draw(
     from matplotlib.figure import Figure
 
     # a column may be called "$cost": no mathematics in names
-    with rc_context({"text.parse_math": False, "font.size": 11, "axes.titlesize": 12, "axes.axisbelow": True}):
+    with (
+        warnings.catch_warnings(),
+        rc_context({"text.parse_math": False, "font.size": 11, "axes.titlesize": 12, "axes.axisbelow": True}),
+    ):
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
         figure = Figure(figsize=(11, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         figure.suptitle(title, fontsize=13)
@@ -90,6 +95,7 @@ def _predicted_true(axes: Any, true: Floats, predicted: Floats, column: str, par
         ylim=(low, high),
         aspect="equal",
     )
+    axes.locator_params(nbins=6)
     if outside := len(true) - int(inside.sum()):
         text = f"{outside:,} of {len(true):,} rows lie outside"
         axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=9, color="#444444")
