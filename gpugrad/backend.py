@@ -186,11 +186,7 @@ def place(operation: str, values: list[Any]) -> tuple[Namespace, Device, list[An
         if is_cuda_array(value):
             here = device_of(value)
         elif isinstance(value, numpy.ndarray):
-            if isinstance(value, numpy.ma.MaskedArray):
-                raise TypeError(
-                    f"{operation}: argument {position} is a masked array, whose mask gpugrad would lose; fill it first"
-                )
-            value = numpy.asarray(value)  # drops subclasses such as memmap and matrix, shares the memory
+            value = host_array(value, f"{operation}: argument {position}")
             here = CPU
         elif isinstance(value, (numpy.generic, bool, int, float, complex)):
             clean.append(value)  # a number goes to the kernel by value, on any device
@@ -232,6 +228,18 @@ def select(condition: Array, array: Array) -> Array:
 _BITS = {numpy.dtype(f"f{n}"): numpy.dtype(f"i{n}") for n in (2, 4, 8)}
 
 
+def host_array(array: numpy.ndarray[Any, Any], what: str) -> numpy.ndarray[Any, Any]:
+    """Return a numpy.ndarray of numbers without its subclass (memmap, matrix), sharing the memory.
+
+    Raises TypeError for a masked array and for anything but numbers.
+    """
+    if isinstance(array, numpy.ma.MaskedArray):
+        raise TypeError(f"{what} is a masked array, whose mask gpugrad would lose; fill it first")
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{what} has dtype {array.dtype}; expected numbers or booleans, cast it first")
+    return numpy.asarray(array)
+
+
 def to_device(array: Array, where: Device) -> Array:
     """Return `array` on another device: itself when it is there already, else a copy."""
     here = device_of(array)
@@ -259,11 +267,13 @@ def asarray(obj: Any, dtype: Any = None, where: Device | None = None, copy: bool
             with activate(where):
                 return _as_typed(obj, dtype, copy)
         return _as_typed(obj, dtype, copy)
+    if isinstance(obj, numpy.ndarray):
+        obj = host_array(obj, "asarray: the input")
     if where.kind == "cpu":
-        return numpy.array(obj, dtype=dtype, copy=copy)
+        return host_array(numpy.array(obj, dtype=dtype, copy=copy), "asarray: the result")
     if copy is False:
         raise ValueError(f"copy=False, but host data cannot be used on {where} without a copy")
-    return to_device(numpy.asarray(obj, dtype=dtype), where)
+    return to_device(host_array(numpy.asarray(obj, dtype=dtype), "asarray: the result"), where)
 
 
 def _as_typed(array: Array, dtype: Any, copy: bool | None) -> Array:

@@ -157,7 +157,8 @@ def _is_frozen(array: ndarray) -> bool:
 def checksum(array: ndarray) -> bytes:
     """Sum the words of an array along both sides of a table: a change, a swap or a shuffle shows in one of them.
 
-    Reads the array once (blocks of 256 KiB stay in cache for the second sum).
+    Each word is first mixed with itself shifted, lest a change of all sign bits vanish in the sums modulo 2**64. Reads
+    the array once (blocks of 256 KiB stay in cache for the second sum).
     """
     flat = array.reshape(-1, order="A").view(numpy.uint8)
     words = flat[: flat.size & ~7].view(numpy.uint64)
@@ -166,7 +167,8 @@ def checksum(array: ndarray) -> bytes:
     columns = numpy.zeros(width, numpy.uint64)
     rows = numpy.empty(len(body), numpy.uint64)
     for start in range(0, len(body), 128):
-        block = body[start : start + 128]
+        block = body[start : start + 128] >> numpy.uint64(29)
+        block ^= body[start : start + 128]
         columns += block.sum(axis=0, dtype=numpy.uint64)
         numpy.sum(block, axis=1, out=rows[start : start + 128])
     tail = flat[body.size * 8 :].tobytes()
@@ -319,6 +321,21 @@ def output_node(parent: Node, index: int, part: Array) -> Node:
     return node
 
 
+def _plain(op: Op, *values: Any) -> Any:
+    """Compute on host arrays and numbers alone. Raises TypeError for arrays of anything but numbers."""
+    for value in values:
+        if type(value) is ndarray and value.dtype.kind not in "fbiuc":
+            backend.place(op.name, list(values))  # raises
+    return op.forward(numpy, *values)
+
+
+def _numeric(op: Op, dtype: Any) -> Any:
+    """Return the dtype of a result. Raises TypeError for Python objects, which came in with an array of them."""
+    if dtype.kind == "O":
+        raise TypeError(f"{op.name}: an argument has dtype object; expected numbers, cast it first")
+    return dtype
+
+
 def _unary(op: Op) -> Callable[..., Any]:
     """Call of an elementwise op of one array and no parameters: `_run` with everything known written out."""
     forward = op.forward
@@ -326,7 +343,7 @@ def _unary(op: Op) -> Callable[..., Any]:
 
     def call(x: Any, /) -> Any:
         if type(x) is not _Tensor:
-            return forward(numpy, x) if type(x) in HOST_TYPES else _run(op, (x,), NO_PARAMS)
+            return _plain(op, x) if type(x) in HOST_TYPES else _run(op, (x,), NO_PARAMS)
         data = x._data
         if type(data) not in HOST_TYPES:
             return _run(op, (x,), NO_PARAMS)
@@ -346,7 +363,7 @@ def _unary(op: Op) -> Callable[..., Any]:
             node.guard = None
             node.seq = next(_sequence)
             node.shape = out.shape
-            node.dtype = out.dtype
+            node.dtype = _numeric(op, out.dtype)
             if keep_x and type(data) is ndarray and (data.flags.writeable or data.base is not None):
                 data = protect(node, data)
             node.saved = (out if keep_y else None, data if keep_x else None)
@@ -372,9 +389,9 @@ def _binary(op: Op) -> Callable[..., Any]:
             b, parent_y, boxed = y._data, y._node, True
         if type(a) not in HOST_TYPES or type(b) not in HOST_TYPES:
             return _run(op, (x, y), NO_PARAMS)
-        out = forward(numpy, a, b)
         if not boxed:
-            return out
+            return _plain(op, a, b)
+        out = forward(numpy, a, b)
         result = _new_tensor(_Tensor)
         result._data = out
         result._node = None
@@ -389,7 +406,7 @@ def _binary(op: Op) -> Callable[..., Any]:
             node.guard = None
             node.seq = next(_sequence)
             node.shape = out.shape
-            node.dtype = out.dtype
+            node.dtype = _numeric(op, out.dtype)
             keep_out, keep_x, keep_y = kept[0 if parent_y is None else 1 if parent_x is None else 2]
             if keep_x and type(a) is ndarray and (a.flags.writeable or a.base is not None):
                 a = protect(node, a)

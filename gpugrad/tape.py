@@ -30,6 +30,8 @@ from gpugrad.op import Aval, Node, box, output_node, recording, verify
 from gpugrad.tensor import Tensor
 
 OUTPUT = _op.OUTPUT
+# What a leaf has saved: nothing; LIVE while the transform that made it runs; None once that is over, and it is a constant.
+LIVE = (True,)
 
 
 class no_grad(ContextDecorator, AbstractContextManager[None]):  # used like a function
@@ -385,11 +387,11 @@ class Tape(AbstractContextManager["Tape"]):
         results: dict[Node, Any] = {}
         if target._node is not None:
             order = reachable([target._node])
-            # Inside the block of another tape, or its own if it persists, or with other leaves about, the sweep itself
-            # is recorded: that is how second derivatives are taken.
+            # Inside the block of another tape, or its own if it persists, inside a transform, or with other leaves about,
+            # the sweep itself is recorded: that is how second derivatives are taken.
             create = recording.on and (
                 any(tape is not self or self._persistent for tape in _open.tapes)
-                or any(node.op is None and node not in nodes for node in order)
+                or any(_is_others(node, nodes) for node in order)
             )
             given = (
                 ones_like(target._node, target._data)
@@ -408,6 +410,11 @@ class Tape(AbstractContextManager["Tape"]):
                 g = box(_zeros(source, source.shape), None)
             gradients.append(g if type(g) is Tensor else box(own(g, handed_out), None))
         return optree.tree_unflatten(structure, gradients)
+
+
+def _is_others(node: Node, sources: list[Node]) -> bool:
+    """Tell whether a leaf belongs to a running transform, or to a tensor that is not among the sources."""
+    return node.op is None and (node.saved is LIVE or (node.saved is not None and node not in sources))
 
 
 def new_leaf(data: Any, asker: str) -> Node:

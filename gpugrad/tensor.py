@@ -194,6 +194,8 @@ class Tensor:
 
 def _restore(data: Array, device: str, requires_grad: bool) -> Tensor:
     array = backend.asarray(data, where=backend.as_device(device), copy=True)
+    if isinstance(array, ndarray):
+        array.flags.writeable = False
     result: Tensor = _op.box(array, _op.leaf(array) if requires_grad else None)
     return result
 

@@ -17,7 +17,7 @@ from gpugrad import backend
 from gpugrad.errors import NotDifferentiable, ShapeMismatch
 from gpugrad.op import Node, box, recording
 from gpugrad.ops.shape import reshape
-from gpugrad.tape import as_cotangent, force_grad, new_leaf, ones_like, own, reachable, sweep
+from gpugrad.tape import LIVE, as_cotangent, force_grad, new_leaf, ones_like, own, reachable, sweep
 from gpugrad.tensor import Tensor
 
 SMALL = 1 << 20
@@ -59,7 +59,9 @@ class _Inputs:
             )
         else:
             raise TypeError(f"{asker}: cannot differentiate a {type(given).__name__}; expected array, Tensor or float")
-        tensor: Tensor = box(data, new_leaf(data, asker), external=backend.is_cuda_array(given))
+        node = new_leaf(data, asker)
+        node.saved = LIVE
+        tensor: Tensor = box(data, node, external=backend.is_cuda_array(given))
         return tensor
 
     def arguments(self) -> tuple[Any, ...]:

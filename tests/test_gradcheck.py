@@ -83,7 +83,11 @@ def test_rule_that_ignores_the_cotangent():
 
     try:
         wrong = gg.linear(
-            "t_ignores", forward=lambda xp, x: 2 * x, transpose=lambda g, _x: 0 * g + 2.0, domain=[case((3,))], doc="Twice."
+            "t_ignores",
+            forward=lambda xp, x: 2 * x,
+            transpose=lambda g, _x: 0 * g + 2.0,
+            domain=[case((3,))],
+            doc="Twice.",
         )
         with pytest.raises(AssertionError):
             gg.check_grads(wrong, [X], order=1)
@@ -96,7 +100,7 @@ def test_message_names_the_function(declare):
         return wrong(x).sum()
 
     wrong = declare(lambda xp, x: xp.exp(x), lambda y, _x: 2 * y)
-    with pytest.raises(AssertionError, match="^my_loss: derivative of order 1"):
+    with pytest.raises(AssertionError, match=r"^my_loss: derivative of order 1"):
         gg.check_grads(my_loss, [X])
 
 

@@ -78,8 +78,8 @@ def _table():
         "add subtract multiply divide pow negative abs sign square reciprocal maximum minimum exp expm1 log log1p log2 "
         "log10 sqrt sigmoid logaddexp hypot sin cos tan asin acos atan atan2 sinh cosh tanh less less_equal greater "
         "greater_equal not_equal logical_and logical_or logical_not isnan isfinite outer matmul argmax argmin all any"
-    ).split()
-    table = {name: getattr(t, name) for name in same}
+    )
+    table = {name: getattr(t, name) for name in same.split()}
     table |= {
         "equal": t.eq,
         "clip": t.clamp,

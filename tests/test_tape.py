@@ -1,5 +1,6 @@
 """The tape: backward, Tape, no_grad, memory, threads, and arrays changed behind its back."""
 
+import contextlib
 import gc
 import threading
 import tracemalloc
@@ -206,7 +207,7 @@ def test_integers_have_no_gradient(data):
 
 
 def test_unknown_device():
-    with pytest.raises(ValueError, match="unknown device 'tpu'.*cuda:N"):
+    with pytest.raises(ValueError, match=r"unknown device 'tpu'.*cuda:N"):
         gg.tensor([1.0], device="tpu")
     if gg.backend.cuda_problem():
         with pytest.raises(DeviceUnavailable, match="cuda"):
@@ -392,9 +393,14 @@ def test_tape_of_a_leaf_leaves_its_grad_alone():
 
 def test_tape_gives_up_after_an_exception():
     w = gg.tensor([1.0])
-    with pytest.raises(RuntimeError, match="stop"), gg.Tape() as tape:
-        tape.watch(w)
-        raise RuntimeError("stop")
+
+    def stopped():
+        with gg.Tape() as tape:
+            tape.watch(w)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert not w.requires_grad
     assert not (w * 2.0).requires_grad
 
@@ -883,13 +889,11 @@ def test_data_given_to_tensor_may_change():
 )
 def test_data_cannot_be_written(make):
     t = make(leaf([1.0, 2.0]))
-    with pytest.raises(ValueError, match="read-only|assignment destination"):
+    with pytest.raises(ValueError, match=r"read-only|assignment destination"):
         t.data[...] = 5
     before = t.numpy().copy()
-    try:
+    with contextlib.suppress(ValueError):
         t.numpy()[...] = 5
-    except ValueError:
-        pass
     assert_array_equal(t, before)
     with pytest.raises(TypeError):
         t[0] = 5
