@@ -1,28 +1,41 @@
-"""The workloads as pytest-benchmark suites: ``pytest bench --benchmark-group-by=group``.
+"""The workloads as pytest-benchmark suites: ``pytest bench``. GPUGRAD_BENCH_QUICK=1 takes small sizes.
 
-GPUGRAD_BENCH_QUICK=1 takes small sizes. Values are checked before anything is timed.
+Values are checked against float64 before anything is timed.
 """
 
+import functools
 import os
+from typing import Any
 
 import pytest
 
-from bench.workloads import PEERS, QUICK, WORKLOADS, missing
+from bench.workloads import QUICK, WORKLOADS, Workload, missing
 
+# the peers' own warnings are theirs
+pytestmark = pytest.mark.filterwarnings("default")
 TABLE = QUICK if os.environ.get("GPUGRAD_BENCH_QUICK") == "1" else WORKLOADS
-_made: dict[str, object] = {}
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", TABLE)
-def test_workload(benchmark, name: str, peer: str) -> None:
-    workload = _made.setdefault(name, TABLE[name]())
-    if peer not in workload.build:
-        pytest.skip(f"{peer} has no implementation of {workload.name}")
+@functools.cache
+def workload(name: str) -> Workload:
+    return TABLE[name]()
+
+
+PEERS = {
+    "scalar": ("gpugrad", "torch", "jax.jit", "autograd"),
+    "chain": ("gpugrad", "torch", "autograd"),
+    "least_squares": ("gpugrad", "numpy", "torch", "torch.compile", "jax.jit", "autograd"),
+    "mlp": ("gpugrad", "torch", "torch.compile", "jax.jit"),
+}
+
+
+@pytest.mark.parametrize(("name", "peer"), [(name, peer) for name in TABLE for peer in PEERS[name]])
+def test_workload(benchmark: Any, name: str, peer: str) -> None:
     if missing(peer):
         pytest.skip(f"missing peer: {missing(peer)}")
-    run = workload.build[peer]()
-    workload.check(peer, run)
-    benchmark.group = workload.name
+    work = workload(name)
+    run = work.build[peer]()
+    work.check(peer, run)
+    benchmark.group = work.name
     benchmark.name = peer
     benchmark(run)

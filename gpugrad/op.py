@@ -461,7 +461,9 @@ def _bound(
     if len(args) > len(names) or len(given) + len(params) > len(given | params) or len(bound) != len(names):
         surplus = [name for name in params if name not in names or name in given]
         missing = [name for name in names if name not in bound]
-        what = f"unexpected argument {surplus[0]!r}" if surplus else f"missing {missing[0]!r}" if missing else "too many"
+        what = (
+            f"unexpected argument {surplus[0]!r}" if surplus else f"missing {missing[0]!r}" if missing else "too many"
+        )
         raise TypeError(f"{op.name}: {what}; call it as {op.name}{inspect.signature(op.function)}")
     return bound
 

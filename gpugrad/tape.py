@@ -12,7 +12,6 @@ op brings partial derivatives, any other a vjp per argument.
     n4 = n3+n1          leaves keep theirs: df/dx = 4, df/dy = 2
 """
 
-import math
 import operator
 import threading
 from collections.abc import Iterable, Sequence
@@ -30,7 +29,7 @@ from gpugrad.op import Aval, Node, box, output_node, recording, verify
 from gpugrad.tensor import Tensor
 
 OUTPUT = _op.OUTPUT
-# What a leaf has saved: nothing; LIVE while the transform that made it runs; None once that is over, and it is a constant.
+# What a leaf has saved: nothing; LIVE while the transform that made it runs; None, as a constant, once that is over.
 LIVE = (True,)
 
 
@@ -387,8 +386,8 @@ class Tape(AbstractContextManager["Tape"]):
         results: dict[Node, Any] = {}
         if target._node is not None:
             order = reachable([target._node])
-            # Inside the block of another tape, or its own if it persists, inside a transform, or with other leaves about,
-            # the sweep itself is recorded: that is how second derivatives are taken.
+            # Inside the block of another tape (or its own, if it persists), inside a transform, or with other leaves
+            # about, the sweep itself is recorded: that is how second derivatives are taken.
             create = recording.on and (
                 any(tape is not self or self._persistent for tape in _open.tapes)
                 or any(_is_others(node, nodes) for node in order)

@@ -10,10 +10,8 @@ import pytest
 import gpugrad as gg
 from gpugrad.op import registry
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("cupy") is None,
-    reason="CuPy is not installed (no GPU is needed: pip install cupy-cuda13x)",
-)
+if importlib.util.find_spec("cupy") is None:
+    pytest.skip("CuPy is not installed (no GPU is needed: pip install cupy-cuda13x)", allow_module_level=True)
 
 
 class Spy:

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = time.perf_counter()
     model = training.model(result)
     predicted: dict[str, Floats] = {}
-    interrupted = result.message == "interrupted"
+    interrupted = result.status == "interrupted"
     try:
         if not interrupted:
             predicted = {part: model.predict(design.X, device) for part, design in split.parts.items() if design}
@@ -412,9 +412,9 @@ class _Training:
         return self._judged(result)
 
     def _judged(self, result: Result) -> Result:
-        if result.success or result.message == "interrupted":
+        if result.success or result.status == "interrupted":
             return result
-        if self.plan.batch_size or "non-finite" in result.message or "try a smaller lr" in result.message:
+        if self.plan.batch_size or result.status == "failed":
             raise GpugradError(f"training failed: {result.message.replace('smaller lr', 'smaller --lr')}")
         say(f"note      not converged: {result.message}; --epochs allows more iterations")
         return result

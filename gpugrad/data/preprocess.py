@@ -45,8 +45,10 @@ class Design:
         if self.dropped:
             notes.append(f"dropped {self.dropped:,} of {self.dropped + len(self.kept):,} rows: the target is missing")
         for name, counts in self.unknown.items():
+            rows = sum(counts.values())
+            hold = "rows hold categories" if rows > 1 else "row holds a category"
             notes.append(
-                f"column {name!r}: {sum(counts.values()):,} rows hold categories not seen in training, "
+                f"column {name!r}: {rows:,} {hold} not seen in training, "
                 f"encoded as zeros: {listed(map(repr, counts), 5)}"
             )
         return notes

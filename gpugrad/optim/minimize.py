@@ -41,6 +41,9 @@ EPOCHS = 10
 FULL_BATCH_TOL = 1e-6
 
 
+Status = Literal["running", "done", "stopped", "failed", "interrupted"]
+
+
 @dataclass(repr=False)
 class Result:
     """What `minimize` found, and how it went.
@@ -49,6 +52,8 @@ class Result:
     fun: the objective there; with mini-batches the mean loss over the latest epoch, taken while it ran.
     nit: iterations; with mini-batches epochs. nfev: evaluations of value and gradient; with mini-batches of one batch.
     success: a stopping test was met, or every step asked for was made with no test asked for (tol=None).
+    status: "done" with success; else "stopped" (a limit or the callback), "failed" (something not finite) or
+    "interrupted" (Ctrl-C); "running" in what a callback sees.
     history: lists of equal length. Full batch, an entry for the start and one for each iteration: "fun"; "grad_norm",
     the largest absolute entry of the gradient; "lr", or "step" where a line search chose it, of the step that led
     there (0 at the start). Mini-batches, an entry for each epoch: "epoch" from 1; "fun"; "lr" of its last step.
@@ -59,6 +64,7 @@ class Result:
     nit: int
     nfev: int
     success: bool
+    status: Status
     message: str
     history: dict[str, list[float]] = field(default_factory=dict)
 
@@ -155,22 +161,22 @@ class _Run:
         if self.callback is None:
             return False
         try:
-            return self.callback(self.result(False, "running")) is True
+            return self.callback(self.result("running", "running")) is True
         except StopIteration:
             return True
 
-    def result(self, success: bool, message: str, *, best: bool = False, copy: bool = False) -> Result:
+    def result(self, status: Status, message: str, *, best: bool = False, copy: bool = False) -> Result:
         fun, arrays = (self.best_fun, self.best) if best else (self.fun, self.arrays)
         params = self.problem.layout.rebuild(arrays, copy=copy)
         fun = fun if math.isfinite(fun) else math.nan
-        return Result(params, fun, self.nit, self.problem.nfev, success, message, self.history)
+        return Result(params, fun, self.nit, self.problem.nfev, status == "done", status, message, self.history)
 
     def stopped(self, success: bool, message: str) -> Result:
-        return self.result(success, message, copy=True)
+        return self.result("done" if success else "stopped", message, copy=True)
 
-    def failed(self, message: str) -> Result:
+    def failed(self, message: str, status: Status = "failed") -> Result:
         """A run cut short: the best parameters it saw, which are finite."""
-        return self.result(False, message, best=True, copy=True)
+        return self.result(status, message, best=True, copy=True)
 
 
 def _full_batch(
@@ -250,7 +256,7 @@ def _mini_batch(
                 run.offer(at_start, start)
             if math.isfinite(mean) and sound:
                 run.offer(mean, arrays)
-        return run.failed("interrupted")
+        return run.failed("interrupted", "interrupted")
     message = f"made {epochs} epochs"
     return run.stopped(tol is None, message if tol is None else f"{message}, the last still improving by tol {tol:g}")
 
@@ -376,7 +382,7 @@ def minimize(
                 states, step_name = (lbfgs if method == "lbfgs" else backtracking)(layout, start, evaluate), "step"
             return _full_batch(run, states, step_name, total, tol)
         except KeyboardInterrupt:
-            return run.failed("interrupted")
+            return run.failed("interrupted", "interrupted")
         finally:
             if run.bar is not None:
                 run.bar.close()
