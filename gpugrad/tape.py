@@ -110,26 +110,17 @@ def sweep(
             for node in reversed(order):
                 g = cotangents.pop(node, None)
                 op = node.op
-                if g is None:
-                    if not keep and op is not None:
-                        node.saved, node.parents, node.guard = None, (), None
-                    continue
-                if op is None or node in wanted:
+                if g is not None and (op is None or node in wanted):
                     results[node] = g
-                    if op is None:
-                        continue
-                if op is OUTPUT:
-                    if node.saved is None:
-                        raise _freed()
-                    parent = node.parents[0]
-                    if useful is None or parent in useful:
-                        parts = cotangents.setdefault(parent, [None] * parent.op.outputs)  # type: ignore[union-attr, arg-type]
-                        index = node.params["index"]
-                        parts[index] = g if parts[index] is None else parts[index] + g
-                    if not keep:
-                        node.saved, node.parents = None, ()
+                if op is None:
                     continue
                 saved = node.saved
+                if g is None or op is OUTPUT:
+                    if g is not None:
+                        _hand_to_parent(node, g, cotangents)
+                    if not keep:
+                        node.saved, node.parents, node.guard = None, (), None
+                    continue
                 if saved is None:
                     raise _freed()
                 if node.guard is not None:
@@ -139,7 +130,9 @@ def sweep(
                     saved = _linked(node)
                 elif op.residual is not None:
                     partials = op.residual[1]
-                if node.dtype == _HALF:  # float16 is read as such, computed in float32 and rounded once
+                if (
+                    node.dtype == _HALF and op.outputs == 1
+                ):  # float16 is read as such, computed in float32 and rounded once
                     g, saved = g.astype(numpy.float32), _widened(saved)
                 parents = node.parents
                 params = node.params
@@ -175,6 +168,18 @@ def sweep(
     finally:
         recording.on = recorded
     return results
+
+
+def _hand_to_parent(node: Node, g: Any, cotangents: dict[Node, Any]) -> None:
+    """Put the cotangent of one of several outputs into its place among those of the op that gave them."""
+    if node.saved is None:
+        raise _freed()
+    parent = node.parents[0]
+    assert parent is not None
+    assert parent.op is not None
+    parts = cotangents.setdefault(parent, [None] * parent.op.outputs)
+    index = node.params["index"]
+    parts[index] = g if parts[index] is None else parts[index] + g
 
 
 def _freed() -> GraphFreed:

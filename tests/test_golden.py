@@ -106,6 +106,82 @@ def test_derivative(line, recorded):
         assert got == pytest.approx(wanted, rel=1e-15, abs=0)
 
 
+@pytest.mark.parametrize("line", FUNCTIONS, ids=case_id)
+def test_function_gradient(line):
+    """Functions made of ops keep their derivatives, to second order."""
+    name, arguments, _, *params = line
+    given = [as_argument(a) for a in arguments]
+    moving = [i for i, a in enumerate(given) if isinstance(a, list) or getattr(a, "dtype", None) == np.float64]
+
+    def call(*arrays):
+        taken = list(given)
+        for i, a in zip(moving, arrays, strict=True):
+            taken[i] = a
+        result = resolve(name)(*taken, **(params[0] if params else {}))
+        # vectors are defined up to their signs alone, and these are squared
+        return tuple(part * part for part in result) if isinstance(result, tuple) else result
+
+    symmetric = name == "linalg.eigh"
+    gg.check_grads(
+        (lambda a: call(0.5 * (a + gg.matrix_transpose(a)))) if symmetric else call, [given[i] for i in moving], order=2
+    )
+
+
+EINSUMS = [
+    ("ij,ij->ij", (2, 3), (2, 3)),
+    ("...ij,...jk->...ik", (5, 2, 3), (3, 4)),
+    ("ij->", (2, 3)),
+    ("i,j,k->kij", (2,), (3,), (4,)),
+    ("iij->j", (3, 3, 2)),
+    ("ii->i", (3, 3)),
+    ("ij,jj->i", (2, 3), (3, 3)),
+    ("...i->...", (2, 3, 4)),
+    ("ij,ji", (2, 3), (3, 2)),
+    ("b,bij,bj->bi", (2,), (2, 3, 4), (2, 4)),
+    ("ij,kl->", (2, 3), (4, 5)),
+    (" i j , j k -> i k ", (2, 3), (3, 2)),
+    ("...,...->...", (2, 3), (3,)),
+    ("ij,i->ij", (2, 3), (1,)),
+]
+
+
+@pytest.mark.parametrize(("subscripts", "shapes"), [(row[0], row[1:]) for row in EINSUMS], ids=[r[0] for r in EINSUMS])
+def test_einsum(subscripts, shapes, rng):
+    """Values as numpy.einsum gives them, and their gradients."""
+    arrays = [rng.normal(size=shape) for shape in shapes]
+    assert_allclose(gg.einsum(subscripts, *arrays), np.einsum(subscripts, *arrays), rtol=1e-13)
+    gg.check_grads(lambda *a: gg.einsum(subscripts, *a), arrays)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((2, 3, 3), (3, 2)), ((3, 3), (2, 3, 2)), ((2, 3, 3), (3,)), ((2, 1, 3, 3), (4, 3, 2)), ((0, 3, 3), (3, 1))],
+)
+def test_solve_broadcasts(a, b, rng):
+    """Stacks against single matrices; a vector only when it has one axis."""
+    a, b = rng.normal(size=a) + 4 * np.eye(3), rng.normal(size=b)
+    gg.check_grads(gg.linalg.solve, [a, b])
+    wanted = np.linalg.solve(a, b[:, None])[..., 0] if b.ndim == 1 else np.linalg.solve(a, b)
+    assert_allclose(gg.linalg.solve(a, b), wanted, rtol=1e-13)
+
+
+@pytest.mark.parametrize("axis", [(0, 2), (2, 0), (1, 2), (-1, 0)])
+@pytest.mark.parametrize("order", ["fro", "nuc", 1, -1, 2, -2, np.inf, -np.inf])
+def test_matrix_norms(order, axis, rng):
+    x = rng.normal(size=(4, 2, 3))
+    for keepdims in (False, True):
+        got = gg.linalg.norm(x, ord=order, axis=axis, keepdims=keepdims)
+        assert_allclose(got, np.linalg.norm(x, ord=order, axis=axis, keepdims=keepdims), rtol=1e-13)
+    gg.check_grads(lambda x: gg.linalg.norm(x, ord=order, axis=axis), [x])
+
+
+@pytest.mark.parametrize("order", [None, 1, 2, 3, 0.5, 2.5, np.inf, -np.inf, -1])
+def test_vector_norms(order, rng):
+    x = rng.uniform(0.5, 2, size=(4, 5)) * rng.choice([-1, 1], size=(4, 5))
+    assert_allclose(gg.linalg.norm(x, ord=order, axis=1), np.linalg.norm(x, ord=order, axis=1), rtol=1e-13)
+    gg.check_grads(lambda x: gg.linalg.norm(x, ord=order, axis=1), [x])
+
+
 def test_every_op_has_a_golden_line():
     assert sorted(set(registry) - {line[0] for line in ELEMENTWISE + OTHERS}) == []
     elementwise = {name for name, op in registry.items() if op.kind == "elementwise"}

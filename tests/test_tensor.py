@@ -356,3 +356,80 @@ def test_signatures_read_well():
 def test_shapes_that_do_not_fit(call):
     with pytest.raises(ValueError, match=r"."):
         call()
+
+
+# --- indexing and integers --------------------------------------------------------------------------------------
+
+CUBE = np.arange(24.0).reshape(2, 3, 4)
+INDICES = {
+    "int": 1,
+    "negative": -1,
+    "numpy-int": np.int64(1),
+    "slice": slice(None, None, -1),
+    "empty-slice": slice(5, 9),
+    "ellipsis": (..., 2),
+    "new-axis": (None, 0, None, slice(1, 3)),
+    "mask": CUBE % 3 == 0,
+    "row-mask": np.array([True, False]),
+    "empty-mask": np.zeros((2, 3, 4), bool),
+    "list": [1, 0, 1],
+    "array-repeated": np.array([[0, 0], [1, 0]]),
+    "pair": (np.array([0, 1, 1]), np.array([2, 0, 0])),
+    "broadcast-pair": (np.array([[0], [1]]), np.array([2, 0])),
+    "separated": (np.array([0, 1]), slice(None), np.array([3, 3])),
+    "mixed": (0, slice(1, None), np.array([0, 0, 2])),
+    "slice-then-array": (slice(None), np.array([2, 2])),
+    "array-then-mask": (slice(None), np.array([True, False, True]), 1),
+    "negative-array": np.array([-1, -2]),
+    "tensor": gg.tensor([1, 1]),
+    "small-ints": np.array([1, 0], np.int8),
+    "unsigned": np.array([1, 0], np.uint64),
+    "0-d": np.array(1),
+    "all": (),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_gradient_of_indexing(name, rng):
+    """The cotangent goes back to where the element came from, as often as it was taken."""
+    index = INDICES[name]
+    plain = np.asarray(index) if isinstance(index, Tensor) else index
+    x = gg.tensor(CUBE, requires_grad=True)
+    y = x[index]
+    assert_array_equal(y, CUBE[plain])
+    g = rng.normal(size=y.shape)
+    y.backward(g)
+    expected = np.zeros_like(CUBE)
+    np.add.at(expected, plain, g)
+    np.testing.assert_allclose(x.grad, expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (gg.softmax, np.exp([1.0, 2.0, 4.0]) / np.exp([1.0, 2.0, 4.0]).sum()),
+        (gg.log_softmax, np.log(np.exp([1.0, 2.0, 4.0]) / np.exp([1.0, 2.0, 4.0]).sum())),
+        (gg.logsumexp, np.log(np.exp([1.0, 2.0, 4.0]).sum())),
+        (gg.linalg.norm, np.sqrt(21)),
+        (gg.mean, 7 / 3),
+        (gg.var, 14 / 9),
+        (gg.std, np.sqrt(14 / 9)),
+        (gg.sigmoid, 1 / (1 + np.exp([-1.0, -2.0, -4.0]))),
+        (gg.silu, np.array([1, 2, 4]) / (1 + np.exp([-1.0, -2.0, -4.0]))),
+        (gg.softplus, np.log1p(np.exp([1.0, 2.0, 4.0]))),
+        (gg.elu, [1, 2, 4]),
+        (gg.leaky_relu, [1, 2, 4]),
+        (lambda x: gg.leaky_relu(-x), [-0.01, -0.02, -0.04]),
+        (gg.sqrt, np.sqrt([1, 2, 4])),
+        (lambda x: x / 2, [0.5, 1, 2]),
+        (gg.linalg.inv, None),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_functions_of_integers_are_floats(call, expected):
+    """No result is cut down to the integers it came from."""
+    data = np.array([1, 2, 4])
+    if expected is None:
+        data, expected = np.array([[2, 0], [0, 4]]), [[0.5, 0], [0, 0.25]]
+    for x in (data, gg.tensor(data)):
+        np.testing.assert_allclose(call(x), expected, rtol=1e-14)
