@@ -224,6 +224,8 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
             values.append(arg)
             parents.append(None)
     xp, where, values = backend.place(op.name, values)
+    if op.kind != "elementwise":  # its formulas ask for shapes
+        values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on
     forward = op.residual[0] if op.residual is not None and tracked else op.forward
     if where.kind == "cpu":

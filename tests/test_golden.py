@@ -165,6 +165,16 @@ def test_solve_broadcasts(a, b, rng):
     assert_allclose(gg.linalg.solve(a, b), wanted, rtol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["eigh", "cholesky"])
+def test_gradient_in_a_symmetric_matrix_is_symmetric(name, rng):
+    """A step along it leaves the matrix symmetric."""
+    x = rng.normal(size=(3, 3))
+    x = x @ x.T + np.diag([1.0, 3.0, 5.0])
+    out, pull = gg.vjp(lambda a: tuple(getattr(gg.linalg, name)(a)) if name == "eigh" else (gg.linalg.cholesky(a),), x)
+    (g,) = pull(tuple(rng.normal(size=part.shape) for part in out))
+    assert_allclose(g, g.T, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("axis", [(0, 2), (2, 0), (1, 2), (-1, 0)])
 @pytest.mark.parametrize("order", ["fro", "nuc", 1, -1, 2, -2, np.inf, -np.inf])
 def test_matrix_norms(order, axis, rng):

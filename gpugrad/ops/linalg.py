@@ -16,7 +16,7 @@ from gpugrad.errors import ShapeMismatch
 from gpugrad.ops.elementwise import abs as _abs
 from gpugrad.ops.elementwise import where
 from gpugrad.ops.index import scatter
-from gpugrad.ops.reduce import axes_of, product_of_others, restore, wide_sum
+from gpugrad.ops.reduce import axes_of, narrowed, product_of_others, restore, wide_sum, widened
 from gpugrad.ops.reduce import max as _max
 from gpugrad.ops.reduce import min as _min
 from gpugrad.ops.reduce import sum as _sum
@@ -138,7 +138,11 @@ def _einsum_rule(i: int, g: Any, _y: Any, *x: Any, terms: tuple[str, ...], out: 
     result = _einsum([g, *(a for _, a in others)], terms=(out, *(t for t, _ in others)), out=labels)
     sizes = dict(zip(mine, x[i].shape, strict=True))
     # labels summed out of this term alone: the cotangent is the same all along them
-    result = result.reshape(tuple(sizes[c] if c in reached else 1 for c in unique))
+    lengths = iter(result.shape)
+    result = result.reshape(tuple(next(lengths) if c in reached else 1 for c in unique))
+    spread = tuple(k for k, c in enumerate(unique) if sizes[c] == 1 != result.shape[k])
+    if spread:  # an axis of length 1 that was broadcast
+        result = result.sum(axis=spread, keepdims=True)
     if len(unique) == len(mine):
         return result  # the sweep spreads it
     # a label twice in one term reads a diagonal: the cotangent goes back onto it
@@ -164,6 +168,7 @@ _einsum = primitive(
         case((3, 3), terms=("ii",), out=""),
         case((3, 3), (3,), terms=("ii", "i"), out="i"),
         case((2, 3), (2, 4), (3, 4), terms=("ij", "ik", "jk"), out=""),
+        case((2, 3), (1,), terms=("ij", "i"), out="ij"),
     ),
     doc="Sum of products in Einstein's notation.",
 )
@@ -229,13 +234,13 @@ def _norm2_vjp(g: Any, y: Any, x: Any, *, axis: Any, keepdims: bool) -> Any:
 
 
 def _norm2(xp: Any, x: Any, *, axis: Any = None, keepdims: bool = False) -> Any:
-    wide = x.astype(numpy.float32) if x.dtype == numpy.float16 else x
+    wide = widened(x)
     scale = xp.max(xp.abs(wide), axis=axis, keepdims=True) if x.size else 0
     scale = xp.where((scale == 0) | ~xp.isfinite(scale), 1, scale)  # squares neither overflow nor vanish
     y = scale * xp.sqrt(wide_sum(xp, xp.square(wide / scale), axis, True))
     if not keepdims:
         y = y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes_of(axis, x.ndim)))
-    return y.astype(x.dtype)
+    return narrowed(y, x)
 
 
 vector_norm2 = primitive(
@@ -314,36 +319,39 @@ def _column(b: Any) -> Any:
     return b.reshape((*b.shape, 1))
 
 
+def _row(s: Any) -> Any:
+    return s.reshape((*s.shape[:-1], 1, s.shape[-1]))
+
+
 def _solve(xp: Any, a: Any, b: Any) -> Any:
     # the standard: b is a vector only when it has one axis
     return xp.linalg.solve(a, b[..., None])[..., 0] if b.ndim == 1 else xp.linalg.solve(a, b)
 
 
 def _solve_da(g: Any, y: Any, a: Any, _b: Any) -> Any:
-    u = solve(matrix_transpose(a), g)
+    u = _solve_db(g, y, a, _b)
     if _b.ndim == 1:
-        return -matmul(_column(u), y.reshape((*y.shape[:-1], 1, y.shape[-1])))
+        return -matmul(_column(u), _row(y))
     return -matmul(u, matrix_transpose(y))
+
+
+def _solve_db(g: Any, _y: Any, a: Any, _b: Any) -> Any:
+    at = matrix_transpose(a)
+    return solve(at, _column(g)).reshape(g.shape) if _b.ndim == 1 else solve(at, g)
 
 
 solve: Function = primitive(
     "solve",
     forward=lambda xp, a, b: _solve(xp, a, b),
-    vjp=(_solve_da, lambda g, _y, a, _b: _solve_broadcast(a, g, _b)),
+    vjp=(_solve_da, _solve_db),
     domain=(
         case((3, 3), (3, 2), through=None, low=0.5, high=1.5),
         case((3, 3), (3,), low=0.5, high=1.5),
         case((2, 3, 3), (2, 3, 2), low=0.5, high=1.5),
+        case((2, 3, 3), (3,), low=0.5, high=1.5),
     ),
     doc="Solve a x = b: (..., n, n), (..., n, k) or (n,) -> shape of b.",
 )
-
-
-def _solve_broadcast(a: Any, g: Any, _b: Any) -> Any:
-    at = matrix_transpose(a)
-    if _b.ndim == 1 and g.ndim > 1:
-        return solve(at, _column(g)).reshape(g.shape)
-    return solve(at, g)
 
 
 inv: Function = primitive(
@@ -353,10 +361,6 @@ inv: Function = primitive(
     domain=(case((3, 3), through=well_conditioned), case((2, 3, 3), through=well_conditioned)),
     doc="Inverse of square matrices: (..., n, n) -> (..., n, n).",
 )
-
-
-def _row(s: Any) -> Any:
-    return s.reshape((*s.shape[:-1], 1, s.shape[-1]))
 
 
 def _det_vjp(g: Any, y: Any, x: Any) -> Any:

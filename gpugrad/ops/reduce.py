@@ -33,6 +33,18 @@ def count_of(x: Any, axis: Axis) -> int:
     return math.prod(x.shape[a] for a in axes_of(axis, x.ndim))
 
 
+def widened(x: Any) -> Any:
+    """Return what a formula computes with: float32 for float16, float64 for integers, else x itself."""
+    if x.dtype == numpy.float16:
+        return x.astype(numpy.float32)
+    return x if x.dtype.kind in "fc" else x.astype(numpy.float64)
+
+
+def narrowed(y: Any, x: Any) -> Any:
+    """Return a result computed from ``widened(x)`` in the dtype it should have."""
+    return y.astype(numpy.float16) if x.dtype == numpy.float16 else y
+
+
 def wide_sum(xp: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     """Add up in a wider type where rounding would show: float16 always, float32 from 4,096 terms on."""
     dtype = getattr(x, "dtype", None)
@@ -164,7 +176,7 @@ min = primitive(  # the standard's name
 
 def var(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
     """Variance over axis, with divisor n - correction."""
-    if x.dtype == numpy.float16:
+    if getattr(x, "dtype", None) == numpy.float16:
         wide = x.astype(numpy.float32)
         return var(wide, axis=axis, correction=correction, keepdims=keepdims).astype(numpy.float16)
     centred = x - mean(x, axis=axis, keepdims=True)
@@ -173,7 +185,7 @@ def var(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool =
 
 def std(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
     """Standard deviation over axis, with divisor n - correction; slope 0 where it is 0."""
-    if x.dtype == numpy.float16:
+    if getattr(x, "dtype", None) == numpy.float16:
         wide = x.astype(numpy.float32)
         return std(wide, axis=axis, correction=correction, keepdims=keepdims).astype(numpy.float16)
     return _safe_sqrt(var(x, axis=axis, correction=correction, keepdims=keepdims))
@@ -196,7 +208,7 @@ cumulative_sum: Function = linear(
 
 
 def _logsumexp(xp: Any, x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    wide = x.astype(numpy.float32) if x.dtype == numpy.float16 else x
+    wide = widened(x)
     top = xp.max(wide, axis=axis, keepdims=True)
     top = xp.where(xp.isfinite(top), top, 0)
     total = xp.sum(xp.exp(wide - top), axis=axis, keepdims=True)
@@ -204,7 +216,7 @@ def _logsumexp(xp: Any, x: Any, *, axis: Axis = None, keepdims: bool = False) ->
     y = xp.where(total == 0, -math.inf, xp.log(xp.where(total == 0, 1, total))) + top
     if not keepdims:
         y = y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes_of(axis, x.ndim)))
-    return y.astype(x.dtype)
+    return narrowed(y, x)
 
 
 def _logsumexp_vjp(g: Any, y: Any, x: Any, *, axis: Axis, keepdims: bool) -> Any:
@@ -226,9 +238,9 @@ logsumexp = primitive(
 
 
 def _softmax(xp: Any, x: Any, *, axis: int = -1) -> Any:
-    wide = x.astype(numpy.float32) if x.dtype == numpy.float16 else x
+    wide = widened(x)
     e = xp.exp(wide - xp.max(wide, axis=axis, keepdims=True))
-    return (e / xp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
+    return narrowed(e / xp.sum(e, axis=axis, keepdims=True), x)
 
 
 _ALONG = (case((4,)), case((3, 4)), case((3, 4), axis=0))
@@ -243,9 +255,9 @@ softmax = primitive(
 
 
 def _log_softmax(xp: Any, x: Any, *, axis: int = -1) -> Any:
-    wide = x.astype(numpy.float32) if x.dtype == numpy.float16 else x
+    wide = widened(x)
     shifted = wide - xp.max(wide, axis=axis, keepdims=True)
-    return (shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
+    return narrowed(shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True)), x)
 
 
 log_softmax = primitive(
