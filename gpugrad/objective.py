@@ -29,7 +29,7 @@ from gpugrad.transforms import value_and_grad
 
 # A block's rows of the data, read from memory once, and its widest intermediate, which must stay in the second-level
 # cache: large enough that a NumPy call is work and not overhead. Found by measurement, see docs/performance.md.
-DATA_BYTES = 4 << 20
+DATA_BYTES = 8 << 20
 OPERAND_BYTES = 2 << 20
 WORTH_A_THREAD = 512 << 10
 # What all blocks in flight may keep on their tapes together, on the CPU and on a GPU.

@@ -277,6 +277,17 @@ def reads_memory_order(plant):
     )
 
 
+def keeps_the_argument_itself(plant):
+    """An intermediate that is the caller's own memory."""
+    return elementwise(
+        plant,
+        "intermediate",
+        lambda xp, x: x * x,
+        lambda _y, x: 2 * x,
+        residual=(lambda xp, x: (x * x, x), (lambda _y, _x, kept: 2 * kept,)),
+    )
+
+
 PLANTED = {
     "law_gradient": [wrong_partial, wrong_constant_partial, partials_swapped, hidden_from_the_tape, wrong_transpose],
     "law_adjoint": [wrong_transpose, slightly_wrong_transpose],
@@ -286,6 +297,7 @@ PLANTED = {
     "law_dtype": [half_in_half, widens],
     "law_mixed_dtypes": [narrows],
     "law_inputs_unmutated": [writes_into_its_argument, rule_writes_into_the_cotangent],
+    "law_changed_in_place": [keeps_the_argument_itself],
     "law_no_alias": [returns_its_argument, returns_a_view],
     "law_plain": [boxes_plain_arrays],
     "law_kept": [keeps_too_much],

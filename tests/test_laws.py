@@ -247,6 +247,24 @@ def law_inputs_unmutated(call):
     call(*arrays)
 
 
+def law_changed_in_place(call):
+    """Arguments overwritten between forward and reverse do not change the gradients."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    out, pull = pullback(call, arrays)
+    g = cotangents_for(out, rng)
+    wanted = pull(g)
+    shared = [x.copy() for x in arrays]
+    tensors = [gg.asarray(x) for x in shared]
+    with gg.Tape() as tape:
+        tape.watch(tensors)
+        total = sum((o * c).sum() for o, c in zip(outputs_of(call(*tensors)), g, strict=True))
+    for x in shared:
+        x[...] = 0.123
+    for got, expected in zip(tape.gradient(total, tensors), wanted, strict=True):
+        assert_allclose(got, expected, rtol=0, atol=1e-12 * (1 + np.max(np.abs(expected), initial=0)))
+
+
 def law_no_alias(call):
     """What an elementwise op returns is memory of its own, and so is every gradient of any op."""
     rng = call.rng()
@@ -390,7 +408,7 @@ DIFFERENTIABLE = [op for op in registry.values() if op.kind != "nondiff"]
 CALLS = [call for op in DIFFERENTIABLE for call in calls_of(op)]
 
 ALL = [law_gradient, law_cotangent, law_shape, law_dtype, law_inputs_unmutated, law_no_alias, law_plain, law_kept]
-ALL += [law_alone, law_recorded, law_layout]
+ALL += [law_alone, law_recorded, law_layout, law_changed_in_place]
 LAWS = [(law, call) for law in ALL for call in CALLS]
 LAWS += [(law, call) for law in (law_adjoint, law_linear) for call in CALLS if call.op.kind in ("linear", "bilinear")]
 LAWS += [(law_mixed_dtypes, call) for call in CALLS if len(call.shapes) > 1]

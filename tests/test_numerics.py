@@ -578,6 +578,9 @@ def test_gradient_of_a_broadcast_half_accumulates_wider():
     bias = gg.tensor(np.zeros(1, np.float16), requires_grad=True)
     (np.ones(5000, np.float16) * (1 + bias)).backward(np.ones(5000, np.float16))
     assert_array_equal(bias.grad, [5000])
+    row = gg.tensor(np.zeros(3, np.float16), requires_grad=True)
+    (np.ones((5000, 3), np.float16) + row).backward(np.ones((5000, 3), np.float16))
+    assert_array_equal(row.grad, [5000] * 3)
 
 
 def test_gradient_of_a_broadcast_single_accumulates_wider(rng):
@@ -586,6 +589,9 @@ def test_gradient_of_a_broadcast_single_accumulates_wider(rng):
     bias = gg.tensor(np.zeros((), np.float32), requires_grad=True)
     (np.zeros(1_000_000, np.float32) + bias).backward(g)
     assert bias.grad.item() == pytest.approx(float(g.sum(dtype=np.float64)), rel=1.2e-7)
+    row = gg.tensor(np.zeros(2, np.float32), requires_grad=True)
+    (np.zeros((500_000, 2), np.float32) + row).backward(g.reshape(-1, 2))
+    assert_allclose(row.grad, g.reshape(-1, 2).sum(axis=0, dtype=np.float64), rtol=1.2e-7)
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 2, 3])
