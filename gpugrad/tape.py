@@ -12,6 +12,7 @@ op brings partial derivatives, any other a vjp per argument.
     n4 = n3+n1          leaves keep theirs: df/dx = 4, df/dy = 2
 """
 
+import math
 import operator
 import threading
 from collections.abc import Iterable, Sequence
@@ -223,17 +224,17 @@ def _selected(g: Any, partial: Any) -> Any:
 
 
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
-    """Sum a cotangent over the axes along which its argument was broadcast, or spread it where a rule gave less.
-
-    float16 is added up in float32.
-    """
+    """Sum a cotangent over the axes along which its argument was broadcast, or spread it where a rule gave less."""
     if len(g.shape) < len(shape) or any(a == 1 != b for a, b in zip(g.shape[::-1], shape[::-1], strict=False)):
         return g + _zeros(g, shape)
     extra = len(g.shape) - len(shape)
     axes = (*range(extra), *(i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1))
-    if g.dtype == numpy.float16:
-        g = g.astype(numpy.float32)
-    return g.sum(axis=axes).reshape(shape)
+    if type(g) is Tensor:
+        return g.sum(axis=axes).reshape(shape)
+    terms = math.prod(g.shape[i] for i in axes)
+    # as gpugrad.sum does; NumPy adds rows up one after another
+    wide = numpy.float64 if g.dtype == numpy.float32 and terms >= 4096 else None
+    return g.sum(axis=axes, dtype=wide).reshape(shape)
 
 
 def _zeros(like: Any, shape: tuple[int, ...]) -> Any:

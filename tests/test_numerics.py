@@ -245,6 +245,28 @@ def test_swish_far_out(recorded):
 @pytest.mark.parametrize(
     ("name", "values", "slopes"),
     [
+        # at -10,000 and 10,000, where exp overflows
+        ("sigmoid", [0, 1], [0, 0]),
+        ("softplus", [0, 1e4], [0, 1]),
+        ("log_sigmoid", [-1e4, 0], [1, 0]),
+        ("tanh", [-1, 1], [0, 0]),
+        ("gelu", [0, 1e4], [0, 1]),
+        ("silu", [0, 1e4], [0, 1]),
+        ("elu", [-1, 1e4], [0, 1]),
+    ],
+)
+def test_far_out(name, values, slopes, dtype, recorded):
+    x = np.array([-1e4, 1e4], dtype)
+    function = getattr(gg, name)
+    assert_array_equal(function(x), np.array(values, dtype))
+    assert_array_equal(slope(function, x, recorded=recorded), np.array(slopes, dtype))
+
+
+@both
+@float_dtypes
+@pytest.mark.parametrize(
+    ("name", "values", "slopes"),
+    [
         # at -inf, inf, NaN
         ("sigmoid", [0, 1, NAN], [0, 0, NAN]),
         ("softplus", [0, INF, NAN], [0, 1, NAN]),
