@@ -23,19 +23,19 @@ HOST_TYPES = frozenset({numpy.ndarray, bool, int, float, complex, *numpy.sctypeD
 
 
 class Device(str):
-    """A place for arrays: ``"cpu"`` or ``"cuda:N"``. Compares equal to its own string."""
+    """A place for arrays: ``"cpu"`` or ``"cuda:N"``. Compares equal to its own string.
 
-    __slots__ = ()
+    kind: ``"cpu"`` or ``"cuda"``. number: which of its kind, 0 for the CPU.
+    """
 
-    @property
-    def kind(self) -> str:
-        """``"cpu"`` or ``"cuda"``."""
-        return self.partition(":")[0]
+    kind: str
+    number: int
 
-    @property
-    def number(self) -> int:
-        """Number of the device among its kind; 0 for the CPU."""
-        return int(self.partition(":")[2] or 0)
+    def __new__(cls, spec: str) -> "Device":
+        self = super().__new__(cls, spec)
+        kind, _, number = spec.partition(":")
+        self.kind, self.number = kind, int(number or 0)
+        return self
 
 
 CPU = Device("cpu")

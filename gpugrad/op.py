@@ -210,20 +210,27 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     boxed = False
     tracked = False
     external = False
+    host = True
     values: list[Any] = []
     parents: list[Node | None] = []
     for arg in args:
+        node = None
         if type(arg) is tensor:
             boxed = True
-            values.append(arg._data)
-            parents.append(arg._node)
             external = external or arg._external
-            if arg._node is not None:
+            node = arg._node
+            arg = arg._data
+            if node is not None:
                 tracked = True
-        else:
-            values.append(arg)
-            parents.append(None)
-    xp, where, values = backend.place(op.name, values)
+        if type(arg) is ndarray:
+            host = host and arg.dtype.kind in "fibuc"
+        elif type(arg) not in HOST_TYPES:
+            host = False
+        values.append(arg)
+        parents.append(node)
+    xp, where = numpy, backend.CPU
+    if not host:
+        xp, where, values = backend.place(op.name, values)
     if op.kind != "elementwise":  # its formulas ask for shapes
         values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on
