@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.workloads import PEERS, QUICK, WORKLOADS, Workload, missing, mlp_gemms
+from bench.workloads import PEERS, QUICK, WORKLOADS, Workload, blocked_by_hand, missing, mlp_gemms
 
 
 def timed(run: Callable[[], Any], repeats: int) -> float:
@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "least_squares" and not options.quick:
             X = np.ones((2_000_000, 32), np.float32)
             extra["one read of X (X.sum(), one thread)"] = X.sum
+            extra["NumPy by hand, blocks, 2 threads"] = blocked_by_hand()
         rows = compare(workload, extra, 1.0 if options.quick else options.seconds)
         report["results"][workload.name] = rows
         mine = rows["gpugrad"]["min"]

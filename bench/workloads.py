@@ -240,6 +240,36 @@ def least_squares(rows: int = 2_000_000, columns: int = 32) -> Workload:
     )
 
 
+def blocked_by_hand(rows: int = 2_000_000, columns: int = 32, block: int = 32_768) -> Run:
+    """Return least squares by blocks on two threads in bare NumPy, no library: the floor for op-by-op execution."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import threadpoolctl
+
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((rows, columns), dtype=np.float32)
+    y = rng.standard_normal(rows).astype(np.float32)
+    w = rng.standard_normal(columns).astype(np.float32)
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    pool = ThreadPoolExecutor(2)
+
+    def part(start: int, stop: int) -> Any:
+        value, gradient = 0.0, np.zeros(columns)
+        for a in range(start, stop, block):
+            x = X[a : min(a + block, stop)]
+            r = x @ w
+            r -= y[a : min(a + block, stop)]
+            value += float(r @ r)
+            gradient += r @ x
+        return value, gradient
+
+    def run() -> Any:
+        with blas.limit(limits=1):
+            return [f.result() for f in (pool.submit(part, 0, rows // 2), pool.submit(part, rows // 2, rows))]
+
+    return run
+
+
 def mlp(rows: int = 65_536, sizes: tuple[int, ...] = (64, 256, 256, 1)) -> Workload:
     """Return mean squared error of a multilayer perceptron with Swish, value and gradient, float32."""
     import gpugrad as gg

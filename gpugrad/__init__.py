@@ -71,7 +71,7 @@ from gpugrad.ops.elementwise import (
     where,
 )
 from gpugrad.ops.index import repeat, take
-from gpugrad.ops.linalg import einsum, matmul, outer, tensordot, vecdot
+from gpugrad.ops.linalg import diagonal, einsum, matmul, outer, tensordot, trace, vecdot
 from gpugrad.ops.reduce import (
     all,
     any,
@@ -147,6 +147,7 @@ __all__ = [
     "cosh",
     "cumulative_sum",
     "device",
+    "diagonal",
     "divide",
     "einsum",
     "elementwise",
@@ -228,6 +229,7 @@ __all__ = [
     "tensor",
     "tensordot",
     "tile",
+    "trace",
     "tril",
     "triu",
     "value_and_grad",

@@ -10,6 +10,7 @@ Given plain arrays only, it falls straight through to step 2 and returns plain a
 are written once: on arrays they compute, on Tensors (``create_graph=True``) they are recorded.
 """
 
+import functools
 import inspect
 import itertools
 import threading
@@ -140,47 +141,50 @@ def bind_tensor(cls: type) -> None:
 # --------------------------------------------------------------------------------- arrays changed in place
 
 
-def _is_frozen(array: ndarray) -> bool:
-    """Tell whether nobody can write to this memory through NumPy: read-only all the way down to its owner."""
-    while not array.flags.writeable:
-        base = array.base
-        if base is None or isinstance(base, bytes):
-            return True
-        if id(base) in recording.trusted:
-            return True
-        if not isinstance(base, ndarray):
-            return False
-        array = base
-    return False
+@functools.cache
+def _weights() -> ndarray:
+    """Odd factors, one for each place in a row: sums of products tell the places apart."""
+    return numpy.random.default_rng(20261122).integers(0, 1 << 63, 256, dtype=numpy.uint64) * numpy.uint64(2) + _ONE
+
+
+_ONE, _SHIFT = numpy.uint64(1), numpy.uint64(29)
 
 
 def checksum(array: ndarray) -> bytes:
-    """Sum the words of an array along both sides of a table: a change, a swap or a shuffle shows in one of them.
+    """Hash the words of an array, 256 at a time: a change, a swap or a shuffle shows, but for a chance of 2**-64.
 
-    Each word is first mixed with itself shifted, lest a change of all sign bits vanish in the sums modulo 2**64. Reads
-    the array once (blocks of 256 KiB stay in cache for the second sum).
+    Each word is mixed with itself shifted, lest a change of sign bits vanish modulo 2**64, and multiplied by a factor
+    for its place. Reads the array once; blocks of 256 KiB stay in cache.
     """
     flat = array.reshape(-1, order="A").view(numpy.uint8)
     words = flat[: flat.size & ~7].view(numpy.uint64)
-    width = 256
-    body = words[: words.size - words.size % width].reshape(-1, width)
-    columns = numpy.zeros(width, numpy.uint64)
+    weights = _weights()
+    body = words[: words.size - words.size % weights.size].reshape(-1, weights.size)
     rows = numpy.empty(len(body), numpy.uint64)
     for start in range(0, len(body), 128):
-        block = body[start : start + 128] >> numpy.uint64(29)
+        block = body[start : start + 128] >> _SHIFT
         block ^= body[start : start + 128]
-        columns += block.sum(axis=0, dtype=numpy.uint64)
+        block *= weights
         numpy.sum(block, axis=1, out=rows[start : start + 128])
-    tail = flat[body.size * 8 :].tobytes()
-    return columns.tobytes() + rows.tobytes() + tail
+    return rows.tobytes() + flat[body.size * 8 :].tobytes()
+
+
+def _is_trusted(array: ndarray) -> bool:
+    """Tell whether this is memory that the running computation vouches for (`Recording.trusted`), seen read-only."""
+    here: Any = array
+    while recording.trusted and here is not None and not array.flags.writeable:
+        if id(here) in recording.trusted:
+            return True
+        here = getattr(here, "base", None)
+    return False
 
 
 def protect(node: Node, array: ndarray) -> ndarray:
-    """Return what the tape may keep of a host array that others may write to.
+    """Return what the tape may keep of a host array that the user can reach.
 
     Up to 1 MiB a private copy. Above, the array itself with its checksum, compared before the reverse sweep uses it.
     """
-    if _is_frozen(array):
+    if _is_trusted(array):
         return array
     if array.nbytes <= SNAPSHOT_BYTES or not (array.flags.c_contiguous or array.flags.f_contiguous):
         return array.copy()
@@ -207,18 +211,16 @@ def verify(node: Node) -> None:
 def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     """Dispatch and record one application, for every kind, arity and device."""
     tensor = _Tensor
-    boxed = False
-    tracked = False
-    external = False
+    boxed = tracked = False
     host = True
     values: list[Any] = []
     parents: list[Node | None] = []
+    external: list[bool] = []  # whether the user can reach an argument's memory
     for arg in args:
-        node = None
+        node, mine = None, False
         if type(arg) is tensor:
             boxed = True
-            external = external or arg._external
-            node = arg._node
+            node, mine = arg._node, not arg._external
             arg = arg._data
             if node is not None:
                 tracked = True
@@ -228,6 +230,7 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
             host = False
         values.append(arg)
         parents.append(node)
+        external.append(not mine)
     xp, where = numpy, backend.CPU
     if not host:
         xp, where, values = backend.place(op.name, values)
@@ -238,7 +241,6 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     if where.kind == "cpu":
         out = forward(xp, *values, **params)
     else:
-        external = external or any(p is None and type(a) is not tensor for p, a in zip(parents, args, strict=True))
         with backend.activate(where):
             out = forward(xp, *values, **params)
     if not boxed:
@@ -246,20 +248,27 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     kept: list[Any] = []
     if forward is not op.forward:
         out, *kept = out
-    external = external and op.kind != "elementwise"
     results = (out,) if op.outputs == 1 else tuple(out)
-    for part in results:
-        # Memory that only the new Tensor reaches becomes read-only: nothing saved from it can change.
-        if type(part) is ndarray and part.base is None and not any(part is value for value in values):
-            part.flags.writeable = False
-    node = _record(op, args, values, parents, params, results, where) if tracked else None
+    shared = [any(external) and _may_share(part, values, op) for part in results]
+    for part, is_shared in zip(results, shared, strict=True):
+        if type(part) is ndarray and not is_shared and not any(part is value for value in values):
+            part.flags.writeable = False  # `Tensor.data` shows it: nothing saved from it can change
+    node = _record(op, external, values, parents, params, results, shared, where) if tracked else None
     if kept and node is not None:
         node.saved += tuple(kept)  # type: ignore[operator]  # just recorded
     if op.outputs == 1:
-        return box(out, node, external)
+        return box(out, node, shared[0])
     return tuple(
-        box(part, None if node is None else output_node(node, i, part), external) for i, part in enumerate(results)
+        box(part, None if node is None else output_node(node, i, part), is_shared)
+        for i, (part, is_shared) in enumerate(zip(results, shared, strict=True))
     )
+
+
+def _may_share(part: Array, values: list[Any], op: Op) -> bool:
+    """Tell whether a result may lie in the memory of an argument: a view does, an elementwise result does not."""
+    if type(part) is ndarray:
+        return part.base is not None or any(part is value for value in values)
+    return op.kind != "elementwise" and not isinstance(part, numpy.generic)
 
 
 def box(data: Array, node: Node | None, external: bool = False) -> Any:
@@ -273,11 +282,12 @@ def box(data: Array, node: Node | None, external: bool = False) -> Any:
 
 def _record(
     op: Op,
-    args: Sequence[Any],
+    external: list[bool],
     values: list[Any],
     parents: list[Node | None],
     params: dict[str, Any],
     outputs: tuple[Any, ...],
+    shared: list[bool],
     where: backend.Device,
 ) -> Node | None:
     if not all(numpy.dtype(part.dtype).kind in "fc" for part in outputs):
@@ -299,22 +309,27 @@ def _record(
         keep_arguments = False
     saved: list[Any] = [None if op.outputs > 1 else Aval(node.shape, node.dtype)]
     if 0 in kept:
-        mine = tuple(protect(node, part) if type(part) is ndarray else part for part in outputs)
+        mine = tuple(
+            _keepable(node, part) if is_shared else part for part, is_shared in zip(outputs, shared, strict=True)
+        )
         saved = [mine if op.outputs > 1 else mine[0]]
     for position, value in enumerate(values, start=1):
         if keep_arguments or position in kept:
-            if type(value) is ndarray:
-                value = protect(node, value)
-            elif where.kind == "cuda" and backend.is_cuda_array(value):
-                arg = args[position - 1]
-                # CuPy arrays cannot be made read-only: what the user can reach is copied on the device.
-                if type(arg) is not _Tensor or arg._external:
-                    value = value.copy()
+            if external[position - 1]:
+                value = _keepable(node, value)
         elif hasattr(value, "dtype"):
             value = Aval(value.shape, value.dtype)
         saved.append(value)
     node.saved = tuple(saved)
     return node
+
+
+def _keepable(node: Node, value: Any) -> Any:
+    """Return what the tape may keep of an argument that the user can reach."""
+    if type(value) is ndarray:
+        return protect(node, value)
+    # CuPy arrays cannot be made read-only: they are copied on their device
+    return value.copy() if backend.is_cuda_array(value) else value
 
 
 OUTPUT = Op(
@@ -361,8 +376,11 @@ def _unary(op: Op) -> Callable[..., Any]:
         result._data = out
         result._node = None
         result._external = False
-        if type(out) is ndarray and out.base is None and out is not data:
-            out.flags.writeable = False
+        if type(out) is ndarray:
+            if out.base is None and out is not data:
+                out.flags.writeable = False
+            else:
+                result._external = x._external
         parent = x._node
         if parent is not None and recording.on:
             node = _new_node(Node)
@@ -373,7 +391,7 @@ def _unary(op: Op) -> Callable[..., Any]:
             node.seq = next(_sequence)
             node.shape = out.shape
             node.dtype = _numeric(op, out.dtype)
-            if keep_x and type(data) is ndarray and (data.flags.writeable or data.base is not None):
+            if keep_x and x._external and type(data) is ndarray:
                 data = protect(node, data)
             node.saved = (out if keep_y else None, data if keep_x else None)
             result._node = node
@@ -391,11 +409,11 @@ def _binary(op: Op) -> Callable[..., Any]:
 
     def call(x: Any, y: Any, /) -> Any:
         parent_x = parent_y = None
-        a, b, boxed = x, y, False
+        a, b, boxed, my_x, my_y = x, y, False, False, False  # my: memory that only gpugrad reaches
         if type(x) is _Tensor:
-            a, parent_x, boxed = x._data, x._node, True
+            a, parent_x, boxed, my_x = x._data, x._node, True, not x._external
         if type(y) is _Tensor:
-            b, parent_y, boxed = y._data, y._node, True
+            b, parent_y, boxed, my_y = y._data, y._node, True, not y._external
         if type(a) not in HOST_TYPES or type(b) not in HOST_TYPES:
             return _run(op, (x, y), NO_PARAMS)
         if not boxed:
@@ -405,8 +423,11 @@ def _binary(op: Op) -> Callable[..., Any]:
         result._data = out
         result._node = None
         result._external = False
-        if type(out) is ndarray and out.base is None and out is not a and out is not b:
-            out.flags.writeable = False
+        if type(out) is ndarray:
+            if out.base is None and out is not a and out is not b:
+                out.flags.writeable = False
+            else:
+                result._external = not (my_x and my_y)
         if (parent_x is not None or parent_y is not None) and recording.on:
             node = _new_node(Node)
             node.op = op
@@ -417,9 +438,9 @@ def _binary(op: Op) -> Callable[..., Any]:
             node.shape = out.shape
             node.dtype = _numeric(op, out.dtype)
             keep_out, keep_x, keep_y = kept[0 if parent_y is None else 1 if parent_x is None else 2]
-            if keep_x and type(a) is ndarray and (a.flags.writeable or a.base is not None):
+            if keep_x and not my_x and type(a) is ndarray:
                 a = protect(node, a)
-            if keep_y and type(b) is ndarray and (b.flags.writeable or b.base is not None):
+            if keep_y and not my_y and type(b) is ndarray:
                 b = protect(node, b)
             node.saved = (out if keep_out else None, a if keep_x else None, b if keep_y else None)
             result._node = node
@@ -465,6 +486,9 @@ def _bound(
     op: Op, names: list[str], defaults: dict[str, Any], args: tuple[Any, ...], params: dict[str, Any]
 ) -> dict[str, Any]:
     """Join arguments given by position, by name and by default; inspect.Signature.bind takes ten times as long."""
+    if list in map(type, args) or list in map(type, params.values()):  # axis=[0, 1]
+        args = tuple(tuple(a) if type(a) is list else a for a in args)
+        params = {name: tuple(p) if type(p) is list else p for name, p in params.items()}
     given = dict(zip(names, args, strict=False))
     bound = defaults | given | params
     if len(args) > len(names) or len(given) + len(params) > len(given | params) or len(bound) != len(names):

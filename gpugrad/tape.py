@@ -275,6 +275,9 @@ def as_cotangent(given: Any, output: Tensor, *, create: bool = False) -> Any:
     return box(value, None) if create else value
 
 
+_adding_up = threading.Lock()
+
+
 def backward(output: Tensor, gradient: Any = None, *, retain_graph: bool = False, create_graph: bool = False) -> None:
     """Add d output / d leaf to the `grad` of every leaf that the output was computed from.
 
@@ -295,10 +298,11 @@ def backward(output: Tensor, gradient: Any = None, *, retain_graph: bool = False
         cotangent = box(cotangent, None)
     shared: set[int] = set()
     results = sweep([(node, cotangent)], None, keep=retain_graph or create_graph, create=create_graph)
-    for leaf, g in results.items():
-        if not create_graph:
-            g = box(own(g, shared), None)
-        leaf.grad = g if leaf.grad is None else leaf.grad + g
+    with _adding_up:  # threads may share a leaf
+        for leaf, g in results.items():
+            if not create_graph:
+                g = box(own(g, shared), None)
+            leaf.grad = g if leaf.grad is None else leaf.grad + g
 
 
 setattr(Tensor, "backward", backward)  # noqa: B010  # a method of Tensor, which this module is above
@@ -388,25 +392,27 @@ class Tape(AbstractContextManager["Tape"]):
                     "call tape.watch on it before it is used"
                 )
             nodes.append(node)
+        if target._node is None:
+            raise NotDifferentiable(
+                "Tape.gradient: the target was not recorded; compute it inside the with block, after tape.watch"
+            )
         self._used = True
-        results: dict[Node, Any] = {}
-        if target._node is not None:
-            order = reachable([target._node])
-            # Inside the block of another tape (or its own, if it persists), inside a transform, or with other leaves
-            # about, the sweep itself is recorded: that is how second derivatives are taken.
-            create = recording.on and (
-                any(tape is not self or self._persistent for tape in _open.tapes)
-                or any(_is_others(node, nodes) for node in order)
-            )
-            given = (
-                ones_like(target._node, target._data)
-                if output_gradients is None
-                else as_cotangent(output_gradients, target, create=create)
-            )
-            if create and type(given) is not Tensor:
-                given = box(given, None)
-            keep = self._persistent or create
-            results = sweep([(target._node, given)], nodes, keep=keep, create=create, nodes=order)
+        order = reachable([target._node])
+        # Inside the block of another tape (or its own, if it persists), inside a transform, or with other leaves
+        # about, the sweep itself is recorded: that is how second derivatives are taken.
+        create = recording.on and (
+            any(tape is not self or self._persistent for tape in _open.tapes)
+            or any(_is_others(node, (*nodes, *watched.values())) for node in order)
+        )
+        given = (
+            ones_like(target._node, target._data)
+            if output_gradients is None
+            else as_cotangent(output_gradients, target, create=create)
+        )
+        if create and type(given) is not Tensor:
+            given = box(given, None)
+        keep = self._persistent or create
+        results = sweep([(target._node, given)], nodes, keep=keep, create=create, nodes=order)
         gradients = []
         handed_out: set[int] = set()
         for source, node in zip(leaves, nodes, strict=True):
@@ -417,9 +423,9 @@ class Tape(AbstractContextManager["Tape"]):
         return optree.tree_unflatten(structure, gradients)
 
 
-def _is_others(node: Node, sources: list[Node]) -> bool:
-    """Tell whether a leaf belongs to a running transform, or to a tensor that is not among the sources."""
-    return node.op is None and (node.saved is LIVE or (node.saved is not None and node not in sources))
+def _is_others(node: Node, ours: Sequence[Node]) -> bool:
+    """Tell whether a leaf belongs to a running transform, or to a tensor that is no concern of this tape."""
+    return node.op is None and (node.saved is LIVE or (node.saved is not None and node not in ours))
 
 
 def new_leaf(data: Any, asker: str) -> Node:

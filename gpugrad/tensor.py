@@ -12,7 +12,7 @@ from numpy import ndarray
 from gpugrad import backend
 from gpugrad import op as _op
 from gpugrad.backend import Array, Device
-from gpugrad.errors import DeviceMismatch
+from gpugrad.errors import DeviceMismatch, NotDifferentiable
 
 
 class Tensor:
@@ -109,6 +109,11 @@ class Tensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "ndarray[Any, Any]":
         if self.device.kind != "cpu":
             raise DeviceMismatch(f"numpy.asarray of a Tensor on {self.device} would copy it unasked; use t.numpy()")
+        if self._node is not None and _op.recording.on:
+            raise NotDifferentiable(
+                "a NumPy function, or numpy.asarray, got a Tensor on the tape, and its gradient would be lost: use "
+                "gpugrad's function of that name, or t.numpy() if the values alone are meant"
+            )
         return numpy.array(self._data, dtype=dtype, copy=copy)
 
     def __float__(self) -> float:

@@ -15,12 +15,10 @@ import optree
 
 from gpugrad import backend
 from gpugrad.errors import NotDifferentiable, ShapeMismatch
-from gpugrad.op import Node, box, recording
+from gpugrad.op import SNAPSHOT_BYTES, Node, box, recording
 from gpugrad.ops.shape import reshape
 from gpugrad.tape import LIVE, as_cotangent, force_grad, new_leaf, ones_like, own, reachable, sweep
 from gpugrad.tensor import Tensor
-
-SMALL = 1 << 20
 
 
 class _Inputs:
@@ -45,13 +43,14 @@ class _Inputs:
                 # An outer transform is watching: hang below it, at a place of our own.
                 alias: Tensor = reshape(given, given.shape)
                 return alias
-            data = given._data
+            data, external = given._data, given._external
         elif type(given) is float:
-            data = numpy.float64(given)
+            data, external = numpy.float64(given), False
         elif backend.is_array(given):
-            data = given
-            if isinstance(data, numpy.ndarray) and data.nbytes <= SMALL:
-                data = data.copy()
+            data, external = given, not isinstance(given, numpy.generic)
+            if isinstance(data, numpy.ndarray) and data.nbytes <= SNAPSHOT_BYTES:
+                # once here, instead of each time an op saves it
+                data, external = data.copy(), False
                 data.flags.writeable = False
         elif isinstance(given, (bool, int)):
             raise NotDifferentiable(
@@ -61,7 +60,7 @@ class _Inputs:
             raise TypeError(f"{asker}: cannot differentiate a {type(given).__name__}; expected array, Tensor or float")
         node = new_leaf(data, asker)
         node.saved = LIVE
-        tensor: Tensor = box(data, node, external=backend.is_cuda_array(given))
+        tensor: Tensor = box(data, node, external)
         return tensor
 
     def arguments(self) -> tuple[Any, ...]:
@@ -109,7 +108,10 @@ def _pick(args: tuple[Any, ...], argnums: int | Sequence[int], name: str) -> tup
     for n in numbers:
         if not -len(args) <= n < len(args):
             raise TypeError(f"grad of {name}: argnums={argnums}, but it was called with {len(args)} argument(s)")
-    return tuple(n % len(args) for n in numbers)
+    picked = tuple(n % len(args) for n in numbers)
+    if len(set(picked)) < len(picked):
+        raise ValueError(f"grad of {name}: argnums={argnums} names an argument twice")
+    return picked
 
 
 def value_and_grad(

@@ -180,7 +180,8 @@ def var(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool =
         wide = x.astype(numpy.float32)
         return var(wide, axis=axis, correction=correction, keepdims=keepdims).astype(numpy.float16)
     centred = x - mean(x, axis=axis, keepdims=True)
-    return sum(square(centred), axis=axis, keepdims=keepdims) / (count_of(x, axis) - correction)
+    # a Python number would raise for a divisor of 0; NumPy gives NaN, as its var does
+    return sum(square(centred), axis=axis, keepdims=keepdims) / centred.dtype.type(count_of(x, axis) - correction)
 
 
 def std(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
@@ -209,7 +210,7 @@ cumulative_sum: Function = linear(
 
 def _logsumexp(xp: Any, x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
     wide = widened(x)
-    top = xp.max(wide, axis=axis, keepdims=True)
+    top = xp.max(wide, axis=axis, keepdims=True, initial=-math.inf)
     top = xp.where(xp.isfinite(top), top, 0)
     total = xp.sum(xp.exp(wide - top), axis=axis, keepdims=True)
     # the logarithm of nothing is -inf, as the sum of no probabilities is
@@ -239,6 +240,8 @@ logsumexp = primitive(
 
 def _softmax(xp: Any, x: Any, *, axis: int = -1) -> Any:
     wide = widened(x)
+    if not x.size:
+        return xp.zeros_like(wide)
     e = xp.exp(wide - xp.max(wide, axis=axis, keepdims=True))
     return narrowed(e / xp.sum(e, axis=axis, keepdims=True), x)
 
@@ -256,6 +259,8 @@ softmax = primitive(
 
 def _log_softmax(xp: Any, x: Any, *, axis: int = -1) -> Any:
     wide = widened(x)
+    if not x.size:
+        return xp.zeros_like(wide)
     shifted = wide - xp.max(wide, axis=axis, keepdims=True)
     return narrowed(shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True)), x)
 
