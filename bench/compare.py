@@ -68,12 +68,14 @@ def machine() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and print it."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], default=[], metavar="WORKLOAD")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; default all")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each workload (default 20)")
     options = parser.parse_args(arguments)
     chosen = options.workloads or list(WORKLOADS)
+    if unknown := set(chosen) - set(WORKLOADS):
+        parser.error(f"unknown workload {sorted(unknown)[0]!r}: expected {', '.join(WORKLOADS)}")
     report: dict[str, Any] = {"machine": machine(), "quick": options.quick, "results": {}}
     print(json.dumps(report["machine"], indent=1), file=sys.stderr)
     for name in chosen:

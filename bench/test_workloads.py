@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.workloads import QUICK, WORKLOADS, Workload, missing
+from bench.workloads import IMPLEMENTED, QUICK, WORKLOADS, Workload, missing
 
 # the peers' own warnings are theirs
 pytestmark = pytest.mark.filterwarnings("default")
@@ -21,19 +21,12 @@ def workload(name: str) -> Workload:
     return TABLE[name]()
 
 
-PEERS = {
-    "scalar": ("gpugrad", "torch", "jax.jit", "autograd"),
-    "chain": ("gpugrad", "torch", "autograd"),
-    "least_squares": ("gpugrad", "numpy", "torch", "torch.compile", "jax.jit", "autograd"),
-    "mlp": ("gpugrad", "torch", "torch.compile", "jax.jit"),
-}
-
-
-@pytest.mark.parametrize(("name", "peer"), [(name, peer) for name in TABLE for peer in PEERS[name]])
+@pytest.mark.parametrize(("name", "peer"), [(name, peer) for name in TABLE for peer in IMPLEMENTED[name]])
 def test_workload(benchmark: Any, name: str, peer: str) -> None:
     if missing(peer):
         pytest.skip(f"missing peer: {missing(peer)}")
     work = workload(name)
+    assert tuple(work.build) == IMPLEMENTED[name]
     run = work.build[peer]()
     work.check(peer, run)
     benchmark.group = work.name

@@ -393,3 +393,10 @@ QUICK: dict[str, Callable[[], Workload]] = {
     "least_squares": lambda: least_squares(20_000, 8),
     "mlp": lambda: mlp(2_048, (8, 32, 32, 1)),
 }
+# Which peers each has, known without building it.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "scalar": ("gpugrad", "torch", "jax.jit", "autograd"),
+    "chain": ("gpugrad", "torch", "autograd"),
+    "least_squares": ("gpugrad", "numpy", "torch", "torch.compile", "jax.jit", "autograd"),
+    "mlp": ("gpugrad", "torch", "torch.compile", "jax.jit"),
+}

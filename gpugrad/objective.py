@@ -12,6 +12,7 @@ import contextvars
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,8 +23,8 @@ import threadpoolctl
 
 from gpugrad import backend
 from gpugrad.errors import DeviceMismatch, NonFiniteLoss, NotDifferentiable, ShapeMismatch
-from gpugrad.op import box, recording
-from gpugrad.tape import force_grad, new_leaf, no_grad, own, reachable, sweep
+from gpugrad.op import Node, box, recording
+from gpugrad.tape import LIVE, force_grad, new_leaf, no_grad, own, reachable, sweep
 from gpugrad.tensor import Tensor
 from gpugrad.transforms import value_and_grad
 
@@ -44,9 +45,47 @@ def _blas() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
+class _single_threaded_blas:  # used like a function
+    """Hold BLAS to one thread. The setting is the process's: the first caller makes it, the last one undoes it."""
+
+    _lock = threading.Lock()
+    _users = 0
+    _limit: Any = None
+
+    def __enter__(self) -> None:
+        cls = type(self)
+        with cls._lock:
+            if not cls._users:
+                cls._limit = _blas().limit(limits=1)
+            cls._users += 1
+
+    def __exit__(self, *_exc: object) -> None:
+        cls = type(self)
+        with cls._lock:
+            cls._users -= 1
+            if not cls._users:
+                cls._limit.restore_original_limits()
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="gpugrad")
+
+
+class _Worker(threading.local):
+    busy = False
+
+
+_worker = _Worker()
+
+
+def _work(run: Callable[[int], "_Stripe"], k: int) -> "_Stripe":
+    """Run a stripe in a worker; an Objective within its loss does not wait for the pool that it is in."""
+    _worker.busy = True
+    try:
+        return run(k)
+    finally:
+        _worker.busy = False
 
 
 if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fork
@@ -66,7 +105,7 @@ class _Stripe:
     def __init__(self) -> None:
         self.total: Any = 0.0
         self.gradients: list[Any] | None = None
-        self.bad: tuple[int, int, int, Any] | None = None
+        self.bad: tuple[int, int, int, float] | None = None
 
 
 class Objective:
@@ -98,8 +137,8 @@ class Objective:
             raise ValueError(f"Objective: reduction={reduction!r}; expected 'mean' or 'sum'")
         if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
             raise ValueError(f"Objective: block_size={block_size!r}; expected 'auto' or a positive number of rows")
-        if threads is not None and threads < 1:
-            raise ValueError(f"Objective: threads={threads}; expected at least 1")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"Objective: threads={threads!r}; expected a positive number")
         self.loss = loss
         self.penalty = penalty
         self.reduction = reduction
@@ -163,7 +202,9 @@ class Objective:
         size = self._block_rows(arrays, structure)
         starts = range(0, self.rows, size)
         grad_bytes = 8 * sum(math.prod(a.shape) for a in arrays)
-        count = max(1, min(len(starts), STRIPES, max(self._threads, STRIPE_BYTES // max(grad_bytes, 1))))
+        count = min(len(starts), STRIPES, max(4, STRIPE_BYTES // max(grad_bytes, 1)))
+        if self.device.kind == "cuda":
+            count = 1  # one stream: nothing to share
         bounds = [len(starts) * k // count for k in range(count + 1)]
         stop: list[bool] = []
 
@@ -172,8 +213,6 @@ class Objective:
 
         stripes = self._in_order(run, count, stop)
         bad = [s.bad for s in stripes if s.bad is not None]
-        if bad and check:
-            self._report(*min(bad))
         # infinities that meet here are reported by row, or are the caller's to judge
         with backend.activate(self.device), numpy.errstate(all="ignore"):
             total = sum((s.total for s in stripes[1:]), stripes[0].total) / self._divisor
@@ -187,11 +226,11 @@ class Objective:
                     acc /= self._divisor
             if self.penalty is not None:
                 extra, extra_grads = value_and_grad(self.penalty)(optree.tree_unflatten(structure, arrays))
-                total = total + extra.astype(numpy.float64)
-                if check and not math.isfinite(float(extra)):
-                    raise NonFiniteLoss(f"Objective: the penalty is {float(extra)}")
+                total = total + (extra.astype(numpy.float64) if hasattr(extra, "astype") else extra)
                 for acc, more in zip(grads or (), optree.tree_leaves(extra_grads), strict=False):
                     acc += more
+        if check and not math.isfinite(float(total)):
+            self._report(min(bad) if bad else self._search(size, arrays, structure), float(total))
         if grads is None:
             return total, None
         results = [self._like(acc, leaf) for acc, leaf in zip(grads, given, strict=True)]
@@ -199,14 +238,14 @@ class Objective:
 
     def _in_order(self, run: Callable[[int], _Stripe], count: int, stop: list[bool]) -> list[_Stripe]:
         """Run the stripes and return them in order; on the CPU by the thread pool, with BLAS held to one thread."""
-        if self.device.kind == "cuda" or count == 1:
+        if self.device.kind == "cuda" or count == 1 or _worker.busy:
             return [run(k) for k in range(count)]
-        with _blas().limit(limits=1):
+        with _single_threaded_blas():
             if self._threads == 1:
                 return [run(k) for k in range(count)]
             pool = _pool(self._threads)
             # a copied context hands numpy.errstate on to the workers
-            futures = [pool.submit(contextvars.copy_context().run, run, k) for k in range(count)]
+            futures = [pool.submit(contextvars.copy_context().run, _work, run, k) for k in range(count)]
             try:
                 return [future.result() for future in futures]
             except BaseException:
@@ -246,10 +285,10 @@ class Objective:
         tensors = [box(a, new_leaf(a, "Objective") if gradients else None) for a in arrays]
         losses = self._losses(tensors, structure, start, size)
         values = losses._data if type(losses) is Tensor else losses
-        part = values.sum(dtype=numpy.float64)
+        with numpy.errstate(over="ignore", invalid="ignore"):
+            part = values.sum(dtype=numpy.float64)
         if self.device.kind == "cpu" and into.bad is None and not math.isfinite(part):
-            row = int(numpy.argmin(numpy.isfinite(values)))
-            into.bad = (block, start + row, row, values[row])
+            into.bad = _first_bad(values, block, start)
         into.total = into.total + part
         if not gradients:
             return
@@ -276,7 +315,7 @@ class Objective:
             got = f"shape {shape}" if shape is not None else f"a {type(losses).__name__}"
             raise ShapeMismatch(
                 f"Objective: the loss returned {got} for a block of {rows} rows, expected shape ({rows},): one loss a "
-                "row; leave the sum or mean over rows to reduction="
+                "row; leave the sum or mean over rows to the Objective's reduction"
                 + ("; drop the last axis, e.g. with [:, 0]" if shape == (rows, 1) else "")
             )
         if losses.dtype.kind != "f":
@@ -287,11 +326,18 @@ class Objective:
         """Return a parameter as an array on the data's device that nobody changes during the call."""
         if type(leaf) is float:
             leaf = self._float.type(leaf)  # a Python number does not widen float32 data
+        if type(leaf) is Tensor and recording.on and _is_traced(leaf._node):
+            raise NotDifferentiable(
+                "Objective: a parameter is being differentiated by grad, vjp or a Tape, which cannot see inside; use "
+                "value_and_grad of the Objective itself"
+            )
         array = leaf._data if type(leaf) is Tensor else leaf
         if not backend.is_array(array):
             raise TypeError(f"Objective: a parameter is a {type(leaf).__name__}; expected an array, Tensor or float")
         if array.dtype.kind != "f":
             raise NotDifferentiable(f"Objective: a parameter has dtype {array.dtype}; expected floating point")
+        if array.dtype == numpy.float16:
+            array = array.astype(numpy.float32)  # a block's sum would overflow before it reaches float64
         here = backend.device_of(array)
         if here == self.device or isinstance(array, numpy.generic):
             return _frozen(array.copy()) if isinstance(array, numpy.ndarray) else array
@@ -327,7 +373,7 @@ class Objective:
         """Return the rows a block should have, and how many rows are too few to share among threads."""
         probe = min(64, self.rows)
         data = max(math.prod(a.shape[1:]) * a.dtype.itemsize for a in self.data)
-        with force_grad(), numpy.errstate(all="ignore"):
+        with backend.activate(self.device), force_grad(), numpy.errstate(all="ignore"):
             tensors = [box(a, new_leaf(a, "Objective")) for a in arrays]
             losses = self._losses(tensors, structure, 0, probe)
             node = losses._node if type(losses) is Tensor else None
@@ -344,11 +390,41 @@ class Objective:
         rows = int(min(DATA_BYTES / data, OPERAND_BYTES / wide, HOST_TAPE_BYTES / self._threads / taped))
         return max(1, min(rows, 1 << 17)), int(WORTH_A_THREAD / max(data, wide))
 
-    def _report(self, block: int, row: int, within: int, value: Any) -> None:
+    def _search(self, size: int, arrays: list[Any], structure: Any) -> tuple[int, int, int, float] | None:
+        """Find the first row whose loss is not finite; on a GPU it was not looked for on the way."""
+        with backend.activate(self.device), no_grad(), numpy.errstate(all="ignore"):
+            for block, start in enumerate(range(0, self.rows, size)):
+                losses = self._losses([box(a, None) for a in arrays], structure, start, size)
+                values = losses._data if type(losses) is Tensor else losses
+                found = _first_bad(backend.to_device(values, backend.CPU), block, start)
+                if found is not None:
+                    return found
+        return None
+
+    def _report(self, bad: tuple[int, int, int, float] | None, total: float) -> None:
+        if bad is None:
+            raise NonFiniteLoss(
+                f"Objective: the value is {total}, though every row's loss is finite: look at their sum and the penalty"
+            )
+        block, row, within, value = bad
         raise NonFiniteLoss(
             f"Objective: the loss is {value} at row {row} of the data (block {block}, row {within} in it), not "
             "finite; look at that row and the parameters"
         )
+
+
+def _is_traced(node: Node | None) -> bool:
+    """Tell whether a tensor is computed from tracked ones, or watched by a transform or a Tape."""
+    return node is not None and (node.op is not None or node.saved is LIVE or "tapes" in node.params)
+
+
+def _first_bad(values: Any, block: int, start: int) -> tuple[int, int, int, float] | None:
+    """Return (block, row, row in the block, loss) of the first loss that is not finite, None if all are."""
+    finite = numpy.isfinite(values)
+    if finite.all():
+        return None
+    within = int(numpy.argmin(finite))
+    return block, start + within, within, float(values[within])
 
 
 def _placed(data: Any, device: str) -> tuple[tuple[Any, ...], backend.Device]:
@@ -358,6 +434,8 @@ def _placed(data: Any, device: str) -> tuple[tuple[Any, ...], backend.Device]:
     for position, array in enumerate(arrays):
         if not backend.is_array(array):
             raise TypeError(f"Objective: data[{position}] is a {type(array).__name__}; expected an array or Tensor")
+        if isinstance(array, numpy.ndarray):
+            backend.host_array(array, f"Objective: data[{position}]")
         if array.ndim == 0:
             raise ShapeMismatch(f"Objective: data[{position}] is 0-d; expected an axis of rows")
     if not arrays:

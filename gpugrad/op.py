@@ -22,7 +22,7 @@ import numpy
 
 from gpugrad import backend
 from gpugrad.backend import HOST_TYPES, Array
-from gpugrad.errors import MutatedArray, NotDifferentiable
+from gpugrad.errors import GpugradError, MutatedArray, NotDifferentiable, ShapeMismatch
 
 ndarray = numpy.ndarray
 SNAPSHOT_BYTES = 1 << 20  # an array of the user's is copied when saved up to this size, checked by a sum above it
@@ -233,16 +233,24 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
         external.append(not mine)
     xp, where = numpy, backend.CPU
     if not host:
+        # a tracked scalar has a place: it must not go to a GPU by value
+        values = [
+            v if n is None or not isinstance(v, numpy.generic) else numpy.asarray(v)
+            for v, n in zip(values, parents, strict=True)
+        ]
         xp, where, values = backend.place(op.name, values)
     if op.kind != "elementwise":  # its formulas ask for shapes
         values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on
     forward = op.residual[0] if op.residual is not None and tracked else op.forward
-    if where.kind == "cpu":
-        out = forward(xp, *values, **params)
-    else:
-        with backend.activate(where):
+    try:
+        if where.kind == "cpu":
             out = forward(xp, *values, **params)
+        else:
+            with backend.activate(where):
+                out = forward(xp, *values, **params)
+    except ValueError as error:
+        raise _named(op, values, error) from None
     if not boxed:
         return out
     kept: list[Any] = []
@@ -266,9 +274,9 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
 
 def _may_share(part: Array, values: list[Any], op: Op) -> bool:
     """Tell whether a result may lie in the memory of an argument: a view does, an elementwise result does not."""
-    if type(part) is ndarray:
-        return part.base is not None or any(part is value for value in values)
-    return op.kind != "elementwise" and not isinstance(part, numpy.generic)
+    if op.kind == "elementwise" or isinstance(part, numpy.generic):
+        return any(part is value for value in values)
+    return part.base is not None or any(part is value for value in values)
 
 
 def box(data: Array, node: Node | None, external: bool = False) -> Any:
@@ -290,7 +298,7 @@ def _record(
     shared: list[bool],
     where: backend.Device,
 ) -> Node | None:
-    if not all(numpy.dtype(part.dtype).kind in "fc" for part in outputs):
+    if not all(_numeric(op, part.dtype).kind == "f" for part in outputs):
         return None  # integers and booleans carry no gradient
     node = _new_node(Node)
     node.op = op
@@ -329,7 +337,10 @@ def _keepable(node: Node, value: Any) -> Any:
     if type(value) is ndarray:
         return protect(node, value)
     # CuPy arrays cannot be made read-only: they are copied on their device
-    return value.copy() if backend.is_cuda_array(value) else value
+    if backend.is_cuda_array(value):
+        with backend.activate(backend.device_of(value)):
+            return value.copy()
+    return value
 
 
 OUTPUT = Op(
@@ -350,13 +361,32 @@ def _plain(op: Op, *values: Any) -> Any:
     for value in values:
         if type(value) is ndarray and value.dtype.kind not in "fbiuc":
             backend.place(op.name, list(values))  # raises
-    return op.forward(numpy, *values)
+    try:
+        return op.forward(numpy, *values)
+    except ValueError as error:
+        raise _named(op, values, error) from None
+
+
+def _named(op: Op, values: Sequence[Any], error: ValueError) -> ValueError:
+    """Return the error of a forward with the op and the shapes in it, where it is about shapes."""
+    text = str(error)
+    if isinstance(error, GpugradError) or not any(
+        w in text for w in ("shape", "broadcast", "dimension", "axes", "axis")
+    ):
+        return error
+    shapes = " and ".join(str(tuple(v.shape)) for v in values if hasattr(v, "shape"))
+    return ShapeMismatch(f"{op.name}: arguments of shape {shapes} do not fit: {text}")
 
 
 def _numeric(op: Op, dtype: Any) -> Any:
-    """Return the dtype of a result. Raises TypeError for Python objects, which came in with an array of them."""
+    """Return the dtype of a recorded result.
+
+    Raises TypeError for Python objects, which came in with an array of them; NotDifferentiable for complex numbers.
+    """
     if dtype.kind == "O":
         raise TypeError(f"{op.name}: an argument has dtype object; expected numbers, cast it first")
+    if dtype.kind == "c":
+        raise NotDifferentiable(f"{op.name}: complex numbers carry no gradient; detach the input if that is meant")
     return dtype
 
 
@@ -418,7 +448,10 @@ def _binary(op: Op) -> Callable[..., Any]:
             return _run(op, (x, y), NO_PARAMS)
         if not boxed:
             return _plain(op, a, b)
-        out = forward(numpy, a, b)
+        try:
+            out = forward(numpy, a, b)
+        except ValueError as error:
+            raise _named(op, (a, b), error) from None
         result = _new_tensor(_Tensor)
         result._data = out
         result._node = None
@@ -466,14 +499,14 @@ def make_function(op: Op, arrays: int, signature: inspect.Signature) -> Callable
     elif op.variadic:
 
         def call(sequence: Any, /, *rest: Any, **params: Any) -> Any:
-            return _run(op, tuple(sequence), _bound(op, names, defaults, rest, params))
+            return _run(op, tuple(sequence), _static(op, _bound(op, names, defaults, rest, params)))
     else:
 
         def call(*args: Any, **params: Any) -> Any:
             if len(args) == arrays == len(names) and not params:
                 return _run(op, args, params)
             bound = _bound(op, names, defaults, args, params)
-            return _run(op, tuple(bound.pop(name) for name in names[:arrays]), bound)
+            return _run(op, tuple(bound.pop(name) for name in names[:arrays]), _static(op, bound))
 
     call.__name__ = call.__qualname__ = op.name.rpartition(".")[2]
     call.__doc__ = op.doc
@@ -486,9 +519,6 @@ def _bound(
     op: Op, names: list[str], defaults: dict[str, Any], args: tuple[Any, ...], params: dict[str, Any]
 ) -> dict[str, Any]:
     """Join arguments given by position, by name and by default; inspect.Signature.bind takes ten times as long."""
-    if list in map(type, args) or list in map(type, params.values()):  # axis=[0, 1]
-        args = tuple(tuple(a) if type(a) is list else a for a in args)
-        params = {name: tuple(p) if type(p) is list else p for name, p in params.items()}
     given = dict(zip(names, args, strict=False))
     bound = defaults | given | params
     if len(args) > len(names) or len(given) + len(params) > len(given | params) or len(bound) != len(names):
@@ -499,6 +529,26 @@ def _bound(
         )
         raise TypeError(f"{op.name}: {what}; call it as {op.name}{inspect.signature(op.function)}")
     return bound
+
+
+def _static(op: Op, params: dict[str, Any]) -> dict[str, Any]:
+    """Return static parameters as the tape may keep them: lists as tuples.
+
+    Raises TypeError for arrays, which would carry no gradient and could change.
+    """
+    for name, value in params.items():
+        if type(value) is list:
+            params[name] = _as_tuple(value)
+        elif type(value) is _Tensor or (backend.is_array(value) and value.ndim):
+            raise TypeError(
+                f"{op.name}: {name} is an array of shape {value.shape}, expected a plain value: the op is not "
+                "differentiated in it"
+            )
+    return params
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if type(value) is list else value
 
 
 def refuse(op: Op) -> Callable[..., Any]:

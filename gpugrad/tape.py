@@ -42,6 +42,9 @@ class no_grad(ContextDecorator, AbstractContextManager[None]):  # used like a fu
     def __init__(self) -> None:
         self._before: list[bool] = []
 
+    def _recreate_cm(self) -> "no_grad":  # what ContextDecorator enters: one for each call, in whatever thread
+        return type(self)()
+
     def __enter__(self) -> None:
         self._before.append(recording.on)
         recording.on = self._on
@@ -69,7 +72,7 @@ def reachable(outputs: Iterable[Node]) -> list[Node]:
 
 
 _age = operator.attrgetter("seq")
-_BOOL, _HALF = numpy.dtype(bool), numpy.dtype("float16")
+_BOOL, _HALF, _SINGLE = numpy.dtype(bool), numpy.dtype("float16"), numpy.dtype("float32")
 
 
 def sweep(
@@ -107,19 +110,19 @@ def sweep(
     # An infinite slope is an answer here, not a mishap to warn about; forward keeps NumPy's own warnings.
     recorded, recording.on = recording.on, create
     try:
-        with numpy.errstate(all="ignore"):
+        with numpy.errstate(all="ignore"), backend.activate(_where(outputs)):
             for node in reversed(order):
                 g = cotangents.pop(node, None)
                 op = node.op
                 if g is not None and (op is None or node in wanted):
-                    results[node] = g
+                    results[node] = g if g.dtype == node.dtype else g.astype(node.dtype)
                 if op is None:
                     continue
                 saved = node.saved
                 if g is None or op is OUTPUT:
                     if g is not None:
                         _hand_to_parent(node, g, cotangents)
-                    if not keep:
+                    if not keep and (useful is None or node in useful):  # the rest is not this sweep's to free
                         node.saved, node.parents, node.guard = None, (), None
                     continue
                 if saved is None:
@@ -131,10 +134,10 @@ def sweep(
                     saved = _linked(node)
                 elif op.residual is not None:
                     partials = op.residual[1]
-                if (
-                    node.dtype == _HALF and op.outputs == 1
-                ):  # float16 is read as such, computed in float32 and rounded once
-                    g, saved = g.astype(numpy.float32), _widened(saved)
+                if node.dtype == _HALF:  # float16 is read as such, computed in float32 and rounded once
+                    saved = _widened(saved)
+                    if op.outputs == 1:
+                        g = g.astype(_SINGLE)
                 parents = node.parents
                 params = node.params
                 in_mask = bool(masked) and node in masked
@@ -160,8 +163,9 @@ def sweep(
                     # Broadcasting is undone here, once for all ops.
                     if gi.shape != parent.shape:
                         gi = unbroadcast(gi, parent.shape)
-                    if gi.dtype != parent.dtype:
-                        gi = gi.astype(parent.dtype)
+                    dtype = parent.dtype if parent.dtype != _HALF else _SINGLE  # float16 is added up in float32
+                    if gi.dtype != dtype:
+                        gi = gi.astype(dtype)
                     before = cotangents.get(parent)
                     cotangents[parent] = gi if before is None else before + gi
                 if not keep:
@@ -169,6 +173,14 @@ def sweep(
     finally:
         recording.on = recorded
     return results
+
+
+def _where(outputs: Sequence[tuple[Node, Any]]) -> backend.Device:
+    """Return the device the cotangents are on: plain CuPy arithmetic runs on the current one."""
+    if not outputs:
+        return backend.CPU
+    cotangent = outputs[0][1]
+    return backend.device_of(cotangent._data if type(cotangent) is Tensor else cotangent)
 
 
 def _hand_to_parent(node: Node, g: Any, cotangents: dict[Node, Any]) -> None:
@@ -205,7 +217,12 @@ def _linked(node: Node) -> tuple[Any, ...]:
 def _widened(saved: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a node saved with float16 arrays cast to float32."""
     return tuple(
-        v.astype(numpy.float32) if getattr(v, "dtype", None) == _HALF and type(v) is not Aval else v for v in saved
+        _widened(v)
+        if type(v) is tuple
+        else v.astype(_SINGLE)
+        if getattr(v, "dtype", None) == _HALF and type(v) is not Aval
+        else v
+        for v in saved
     )
 
 
@@ -316,9 +333,13 @@ def own(g: Any, handed_out: set[int]) -> Any:
         if g.base is not None or not g.flags.writeable or id(g) in handed_out:
             g = g.copy()
     elif id(g) in handed_out or not g.flags.owndata:
-        g = g.copy()
+        with backend.activate(backend.device_of(g)):
+            g = g.copy()
     handed_out.add(id(g))
     return g
+
+
+_watching = threading.Lock()
 
 
 class _Open(threading.local):
@@ -355,9 +376,12 @@ class Tape(AbstractContextManager["Tape"]):
     ) -> None:
         self._recording.__exit__()
         _open.tapes = tuple(tape for tape in _open.tapes if tape is not self)
-        for tensor, node in self._watched:
-            if tensor._node is node:
-                tensor._node = None
+        with _watching:
+            for tensor, node in self._watched:
+                node.params["tapes"] -= 1
+                if not node.params["tapes"] and tensor._node is node:
+                    tensor._node = None
+                    node.saved = None  # a constant for whatever looks at this graph later
 
     def watch(self, tensors: Any) -> None:
         """Track a floating-point Tensor, or every one in a pytree, until the ``with`` block ends.
@@ -367,9 +391,14 @@ class Tape(AbstractContextManager["Tape"]):
         for tensor in optree.tree_leaves(tensors):
             if type(tensor) is not Tensor:
                 raise TypeError(f"Tape.watch: got a {type(tensor).__name__}; wrap it first: x = gpugrad.asarray(x)")
-            if tensor._node is None:
-                tensor._node = new_leaf(tensor._data, "Tape.watch")
-                self._watched.append((tensor, tensor._node))
+            with _watching:  # tapes of several threads may watch one tensor: the last one lets it go
+                node = tensor._node
+                if node is None:
+                    tensor._node = node = new_leaf(tensor._data, "Tape.watch")
+                    node.params = {"tapes": 0}
+                if "tapes" in node.params:
+                    node.params["tapes"] += 1
+                    self._watched.append((tensor, node))
 
     def gradient(self, target: Tensor, sources: Any, output_gradients: Any = None) -> Any:
         """Return d target / d sources, as Tensors in the structure of `sources`.

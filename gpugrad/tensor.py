@@ -51,7 +51,8 @@ class Tensor:
                 data = numpy.asarray(data)
                 data.flags.writeable = False
             elif not self._external:
-                data = data.copy()
+                with backend.activate(self.device):
+                    data = data.copy()
         return data
 
     @property
@@ -99,7 +100,7 @@ class Tensor:
     # ------------------------------------------------------------------------- to the host: these synchronise
 
     def numpy(self) -> "ndarray[Any, Any]":
-        """Return the values as a numpy.ndarray: a read-only view from the CPU, a copy from CUDA."""
+        """Return the values as a numpy.ndarray: as `data` is from the CPU, a copy from CUDA."""
         return numpy.asarray(backend.to_device(self._data, backend.CPU))
 
     def item(self) -> Any:

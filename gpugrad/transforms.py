@@ -7,6 +7,7 @@ grad), the results are Tensors on that tape.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def _like(value: Any, given: Any, handed_out: set[int]) -> Any:
 
 
 def _pick(args: tuple[Any, ...], argnums: int | Sequence[int], name: str) -> tuple[int, ...]:
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (operator.index(argnums),)
     for n in numbers:
         if not -len(args) <= n < len(args):
             raise TypeError(f"grad of {name}: argnums={argnums}, but it was called with {len(args)} argument(s)")
@@ -141,16 +142,25 @@ def value_and_grad(
             if not isinstance(out, tuple) or len(out) != 2:
                 raise TypeError(f"grad of {name}: has_aux=True, but it did not return a pair (value, aux)")
             out, aux = out
-        value, results = _pull(out, inputs, outer, name)
+        value, results, recorded = _pull(out, inputs, outer, name)
+        if has_aux and not recorded:
+            aux = optree.tree_map(_off_tape, aux)  # type: ignore[arg-type]
         gradients = inputs.like_given(results)
-        gradient = gradients[0] if isinstance(argnums, int) else gradients
+        gradient = gradients if isinstance(argnums, Sequence) else gradients[0]
         return ((value, aux) if has_aux else value), gradient
 
     return wrapped
 
 
-def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[Node, Any]]:
-    """Run the reverse sweep from a scalar output. Returns the value in the kind of the inputs, and the cotangents."""
+def _off_tape(value: Any) -> Any:
+    return value.detach() if type(value) is Tensor else value
+
+
+def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[Node, Any], bool]:
+    """Run the reverse sweep from a scalar output.
+
+    Returns the value in the kind of the inputs, the cotangents, and whether all that was itself recorded.
+    """
     kind = inputs.given[0] if inputs.given else 0.0
     if any(type(given) is Tensor for given in inputs.given):
         kind = next(given for given in inputs.given if type(given) is Tensor)
@@ -158,7 +168,7 @@ def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[
         shape = getattr(out, "shape", ())
         if shape != () or not isinstance(out, (int, float, numpy.generic, numpy.ndarray)):
             raise ShapeMismatch(f"grad of {name}: it returned a {type(out).__name__}, expected a scalar Tensor")
-        return out, {}  # a constant
+        return out, {}, False  # a constant
     if out.shape != ():
         raise ShapeMismatch(
             f"grad of {name}: it returned shape {out.shape}, expected a scalar: take .sum() or .mean(), or use vjp"
@@ -167,7 +177,7 @@ def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[
         raise NotDifferentiable(f"grad of {name}: it returned dtype {out.dtype}, expected floating point")
     node = out._node
     if node is None:
-        return _like(out, kind, set()), {}
+        return _like(out, kind, set()), {}, False
     nodes = reachable([node])
     create = outer and _others(nodes, inputs)
     cotangent = ones_like(node, out._data)
@@ -175,8 +185,8 @@ def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[
         [(node, box(cotangent, None) if create else cotangent)], inputs.nodes, keep=create, create=create, nodes=nodes
     )
     if create:
-        return out, results
-    return _like(out._data, kind, set()), results
+        return out, results, True
+    return _like(out._data, kind, set()), results, False
 
 
 def _others(nodes: list[Node], inputs: _Inputs) -> bool:

@@ -265,6 +265,7 @@ FUNCTIONS = [
     ("einsum", ["...i,i", X, V], [3.75, -6.0]),
     ("linalg.diagonal", [A], [4.0, 3.0, 2.5]),
     ("linalg.trace", [A], 9.5),
+    ("trace", [A], 9.5),
     ("linalg.norm", [V], 3.75, {"ord": 1}),
     ("linalg.norm", [V], 2.0, {"ord": float("inf")}),
     ("linalg.norm", [V], 0.5, {"ord": float("-inf")}),

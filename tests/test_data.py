@@ -570,6 +570,7 @@ def test_prediction_keeps_every_row_and_counts_unknown_categories():
     assert design.unknown == {"cat": {"new": 2}}
     assert design.notes == [
         "column 'cat': 2 rows hold categories not seen in training, encoded as zeros: 'new'",
+        "column 'num': 1 missing, though none was in training; the mean stands in",
     ]
     assert fitted.transform(table.take([]), with_target=False).X.shape == (0, 3)
 
@@ -898,3 +899,12 @@ def test_another_seed_is_another_split():
 )
 def test_a_split_that_makes_no_sense_is_refused(arguments, name):
     assert f"{name} came as" in refused(train_test_split, *arguments)
+
+
+def test_values_missing_only_later_are_reported():
+    train = read_table({"x": np.arange(5.0), "y": np.arange(5.0)})
+    fitted = Preprocessor.fit(train, "y")
+    design = fitted.transform(read_table({"x": np.array([1.0, np.nan, np.nan]), "y": np.ones(3)}))
+    assert design.imputed == {"x": 2}
+    assert any("'x': 2 missing, though none was in training" in note for note in design.notes)
+    assert not design.X[1:, 0].any()

@@ -176,10 +176,10 @@ def test_iteration_and_indexing():
     assert_array_equal(t[1, ::-1].numpy(), DATA[1, ::-1])
     assert_array_equal(t[..., None, -1].numpy(), DATA[..., None, -1])
     assert_array_equal(t[[1, 0]].numpy(), DATA[[1, 0]])
-    assert_array_equal(t[gg.tensor([1, 0])], DATA[[1, 0]])
-    assert_array_equal(t[t > 0], DATA[DATA > 0])
-    assert_array_equal(t[[]], DATA[[]])
-    assert_array_equal(t[()], DATA)
+    assert_array_equal(t[gg.tensor([1, 0])].numpy(), DATA[[1, 0]])
+    assert_array_equal(t[t > 0].numpy(), DATA[DATA > 0])
+    assert_array_equal(t[[]].numpy(), DATA[[]])
+    assert_array_equal(t[()].numpy(), DATA)
     with pytest.raises(IndexError):
         t[5]
     with pytest.raises(IndexError, match="float64"):

@@ -144,7 +144,7 @@ def device_name(device: Device) -> str:
     if device.kind == "cpu":
         cores = available_cores()
         return f"cpu, {cores} core{'s' * (cores > 1)}"
-    return f"{device}, {cupy().cuda.runtime.getDeviceProperties(device.index)['name'].decode(errors='replace')}"
+    return f"{device}, {cupy().cuda.runtime.getDeviceProperties(device.number)['name'].decode(errors='replace')}"
 
 
 # before the data is read ---------------------------------------------------------------------------------------------

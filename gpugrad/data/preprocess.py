@@ -29,7 +29,8 @@ class Design:
     """A design matrix and what was done to get it.
 
     X float32 (kept rows, columns), C-contiguous; y float32 (kept rows,) or None; kept int64, the table rows of X;
-    dropped: rows left out for a missing target; unknown: column -> category never seen in fitting -> count.
+    dropped: rows left out for a missing target; unknown: column -> category never seen in fitting -> count; imputed:
+    column -> values missing where none was in fitting.
     """
 
     X: npt.NDArray[np.float32]
@@ -37,6 +38,7 @@ class Design:
     kept: npt.NDArray[np.int64]
     dropped: int
     unknown: dict[str, dict[str, int]]
+    imputed: dict[str, int] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -51,6 +53,8 @@ class Design:
                 f"column {name!r}: {rows:,} {hold} not seen in training, "
                 f"encoded as zeros: {listed(map(repr, counts), 5)}"
             )
+        for name, count in self.imputed.items():
+            notes.append(f"column {name!r}: {count:,} missing, though none was in training; the mean stands in")
         return notes
 
 
@@ -185,9 +189,12 @@ class Preprocessor:
             kept, y = _target(table, self.target)
         X = np.zeros((len(kept), len(self.feature_names)), np.float32)
         unknown: dict[str, dict[str, int]] = {}
+        imputed: dict[str, int] = {}
         columns = []
         for feature in self.features:
             column = table[feature.name]
+            if feature.kind == "numeric" and not feature.indicator and (count := int(column.missing[kept].sum())):
+                imputed[feature.name] = count
             if feature.kind == "categorical":
                 _finite(column)
                 column = _recode(column.as_categorical(), feature, kept, unknown)
@@ -199,7 +206,7 @@ class Preprocessor:
             at = 0
             for feature, column in zip(self.features, columns, strict=True):
                 at = _encode(feature, column, rows, block, at)
-        return Design(X, y, kept, table.rows - len(kept), unknown)
+        return Design(X, y, kept, table.rows - len(kept), unknown, imputed)
 
     def _check(self, table: Table) -> None:
         if absent := self.missing_columns(table):

@@ -252,7 +252,7 @@ sigmoid: Function = elementwise(
 
 def _share(_z: Any, x: Any, y: Any) -> Any:
     # exp(x) / (exp(x) + exp(y)); equal arguments (also both infinite) share evenly
-    return sigmoid(where(x == y, 0.0 * (x == y), x - y))
+    return sigmoid(where(x == y, 0, x - y))
 
 
 logaddexp = elementwise(
@@ -265,7 +265,7 @@ logaddexp = elementwise(
 
 
 def _hypot_slope(z: Any, x: Any, _y: Any) -> Any:
-    return x / where(z == 0, 1, z)
+    return where(z == 0, 0, x / where(z == 0, 1, z))
 
 
 hypot = elementwise(

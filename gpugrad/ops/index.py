@@ -9,6 +9,7 @@ from gpugrad import backend
 from gpugrad.declare import Function, case, linear
 from gpugrad.errors import DeviceMismatch, ShapeMismatch
 from gpugrad.op import Node
+from gpugrad.ops.shape import axes_of
 
 
 def _scatter_into(xp: Any, g: Any, *, shape: tuple[int, ...], index: Any) -> Any:
@@ -64,8 +65,8 @@ def getitem(x: Any, index: Any, /) -> Any:
     """Return x[index]; the index may hold integers, slices, None, Ellipsis, masks and integer arrays or Tensors."""
     if type(index) is tuple:
         index = tuple(_fixed(x, part) for part in index)
-    elif not isinstance(index, (int, slice)):
-        index = _fixed(x, index)
+    else:
+        index = (_fixed(x, index),)
     return _getitem(x, index=index)
 
 
@@ -94,7 +95,8 @@ def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:
         if x.ndim != 1:
             raise ShapeMismatch(f"take: axis is needed for shape {x.shape}; it may be left out for one axis only")
         axis = 0
-    return getitem(x, (slice(None),) * (axis % x.ndim) + (indices,))
+    (axis,) = axes_of(axis, x.ndim)
+    return getitem(x, (slice(None),) * axis + (indices,))
 
 
 def repeat(x: Any, repeats: Any, /, *, axis: int | None = None) -> Any:

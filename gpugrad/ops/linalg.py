@@ -4,6 +4,7 @@ The rules of the decompositions are those of Giles, "An extended collection of m
 Townsend, "Differentiating the singular value decomposition" (2016), for real matrices.
 """
 
+import functools
 import math
 import string
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from gpugrad.errors import ShapeMismatch
 from gpugrad.ops.elementwise import abs as _abs
 from gpugrad.ops.elementwise import where
 from gpugrad.ops.index import scatter
-from gpugrad.ops.reduce import axes_of, narrowed, product_of_others, restore, wide_sum, widened
 from gpugrad.ops.reduce import max as _max
 from gpugrad.ops.reduce import min as _min
+from gpugrad.ops.reduce import narrowed, product_of_others, restore, wide_sum, widened
 from gpugrad.ops.reduce import sum as _sum
-from gpugrad.ops.shape import eye_like, matrix_transpose, permute_dims, tril
+from gpugrad.ops.shape import axes_of, eye_like, matrix_transpose, permute_dims, tril
 
 # ----------------------------------------------------------------------------------------------- products
 
@@ -33,14 +34,19 @@ def _matmul_dx(g: Any, _x: Any, y: Any) -> Any:
     return matmul(g, matrix_transpose(y))
 
 
+def _as_matrix(x: Any) -> Any:
+    """Stack the rows of all matrices into one; -1 could not tell the number of empty rows."""
+    return x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
+
+
 def _matmul_dy(g: Any, x: Any, _y: Any) -> Any:
     if x.ndim == 1:
         return x.reshape((-1, 1)) * g.reshape((*g.shape[:-1], 1, g.shape[-1])) if _y.ndim > 1 else g * x
     if _y.ndim == 1:
         # flattened, it is one matrix-vector product, and no table of the size of x
-        return matmul(g.reshape((-1,)), x.reshape((-1, x.shape[-1])))
+        return matmul(g.reshape((math.prod(g.shape),)), _as_matrix(x))
     if _y.ndim == 2 and x.ndim > 2:
-        return matmul(matrix_transpose(x.reshape((-1, x.shape[-1]))), g.reshape((-1, g.shape[-1])))
+        return matmul(matrix_transpose(_as_matrix(x)), _as_matrix(g))
     return matmul(matrix_transpose(x), g)
 
 
@@ -58,6 +64,9 @@ matmul: Function = bilinear(
         case((4,), (2, 4, 5)),
         case((2, 1, 3, 4), (5, 4, 2)),
         case((0, 4), (4, 2)),
+        case((3, 0), (0,)),
+        case((2, 3, 0), (0, 4)),
+        case((2, 3, 4), (4, 0)),
     ),
     doc="Matrix product: (..., m, k), (..., k, n) -> (..., m, n); 1-d arguments as in NumPy.",
 )
@@ -323,9 +332,31 @@ def _row(s: Any) -> Any:
     return s.reshape((*s.shape[:-1], 1, s.shape[-1]))
 
 
+def _through_single(forward: Any) -> Any:
+    """Make a decomposition compute float16 in float32 and round its results: LAPACK has no float16."""
+
+    @functools.wraps(forward)
+    def wide(xp: Any, *arrays: Any, **params: Any) -> Any:
+        if not any(a.dtype == numpy.float16 for a in arrays):
+            return forward(xp, *arrays, **params)
+        result = forward(xp, *map(widened, arrays), **params)
+        return (
+            tuple(part.astype(numpy.float16) for part in result)
+            if isinstance(result, tuple)
+            else narrowed(result, arrays[0])
+        )
+
+    return wide
+
+
+@_through_single
 def _solve(xp: Any, a: Any, b: Any) -> Any:
     # the standard: b is a vector only when it has one axis
-    return xp.linalg.solve(a, b[..., None])[..., 0] if b.ndim == 1 else xp.linalg.solve(a, b)
+    matrix = b[..., None] if b.ndim == 1 else b
+    batch = numpy.broadcast_shapes(a.shape[:-2], matrix.shape[:-2])  # CuPy does not broadcast them
+    a = xp.broadcast_to(a, batch + a.shape[-2:])
+    matrix = xp.broadcast_to(matrix, batch + matrix.shape[-2:])
+    return xp.linalg.solve(a, matrix)[..., 0] if b.ndim == 1 else xp.linalg.solve(a, matrix)
 
 
 def _solve_da(g: Any, y: Any, a: Any, _b: Any) -> Any:
@@ -342,7 +373,7 @@ def _solve_db(g: Any, _y: Any, a: Any, _b: Any) -> Any:
 
 solve: Function = primitive(
     "solve",
-    forward=lambda xp, a, b: _solve(xp, a, b),
+    forward=_solve,
     vjp=(_solve_da, _solve_db),
     domain=(
         case((3, 3), (3, 2), through=None, low=0.5, high=1.5),
@@ -356,7 +387,7 @@ solve: Function = primitive(
 
 inv: Function = primitive(
     "inv",
-    forward=lambda xp, x: xp.linalg.inv(x),
+    forward=_through_single(lambda xp, x: xp.linalg.inv(x)),
     vjp=lambda g, y, _x: -matmul(matrix_transpose(y), matmul(g, matrix_transpose(y))),
     domain=(case((3, 3), through=well_conditioned), case((2, 3, 3), through=well_conditioned)),
     doc="Inverse of square matrices: (..., n, n) -> (..., n, n).",
@@ -375,7 +406,7 @@ def _det_vjp(g: Any, y: Any, x: Any) -> Any:
 
 det: Function = primitive(
     "det",
-    forward=lambda xp, x: xp.linalg.det(x),
+    forward=_through_single(lambda xp, x: xp.linalg.det(x)),
     vjp=_det_vjp,
     domain=(case((3, 3), through=well_conditioned), case((2, 3, 3), through=well_conditioned)),
     doc="Determinant of square matrices: (..., n, n) -> (...). A second derivative needs an invertible matrix.",
@@ -391,7 +422,7 @@ class SlogdetResult(NamedTuple):
 
 _slogdet = primitive(
     "slogdet",
-    forward=lambda xp, x: tuple(xp.linalg.slogdet(x)),
+    forward=_through_single(lambda xp, x: tuple(xp.linalg.slogdet(x))),
     vjp=lambda g, _y, x: _slog_vjp(g, x),
     outputs=2,
     domain=(case((3, 3), through=well_conditioned), case((2, 3, 3), through=well_conditioned)),
@@ -430,6 +461,7 @@ def _cholesky_vjp(g: Any, y: Any, _x: Any, *, upper: bool) -> Any:
     return _symmetric(matrix_transpose(solve(matrix_transpose(low), matrix_transpose(left))))
 
 
+@_through_single
 def _cholesky(xp: Any, x: Any, *, upper: bool = False) -> Any:
     low = xp.linalg.cholesky(x)
     return xp.swapaxes(low, -1, -2) if upper else low
@@ -471,7 +503,7 @@ def _qr_vjp(g: Any, y: Any, _x: Any) -> Any:
 
 _qr = primitive(
     "qr",
-    forward=lambda xp, x: tuple(xp.linalg.qr(x)),
+    forward=_through_single(lambda xp, x: tuple(xp.linalg.qr(x))),
     vjp=_qr_vjp,
     outputs=2,
     domain=(case((3, 3), through=well_conditioned), case((4, 3)), case((2, 4, 3))),
@@ -510,7 +542,7 @@ def _eigh_vjp(g: Any, y: Any, _x: Any) -> Any:
 
 _eigh = primitive(
     "eigh",
-    forward=lambda xp, x: tuple(xp.linalg.eigh(x)),
+    forward=_through_single(lambda xp, x: tuple(xp.linalg.eigh(x))),
     vjp=_eigh_vjp,
     outputs=2,
     domain=(case((3, 3), through=lambda x: _symmetric(well_conditioned(x))),),
@@ -561,7 +593,7 @@ def _svd_vjp(g: Any, y: Any, _x: Any) -> Any:
 
 _svd = primitive(
     "svd",
-    forward=lambda xp, x: tuple(xp.linalg.svd(x, full_matrices=False)),
+    forward=_through_single(lambda xp, x: tuple(xp.linalg.svd(x, full_matrices=False))),
     vjp=_svd_vjp,
     outputs=3,
     domain=(case((3, 3), through=well_conditioned), case((4, 3)), case((3, 4)), case((2, 4, 3))),
@@ -586,11 +618,25 @@ def _pinv_vjp(g: Any, y: Any, x: Any, *, rtol: Any) -> Any:
     return main + left + right
 
 
+@_through_single
+def _pinv(xp: Any, x: Any, *, rtol: float | None = None) -> Any:
+    # the standard's default; NumPy's own is below the rounding of float32
+    if rtol is None:
+        rtol = max(x.shape[-2:]) * float(numpy.finfo(x.dtype).eps)
+    return xp.linalg.pinv(x, rtol=rtol)
+
+
 pinv = primitive(
     "pinv",
-    forward=lambda xp, x, *, rtol=None: xp.linalg.pinv(x) if rtol is None else xp.linalg.pinv(x, rcond=rtol),
+    forward=_pinv,
     vjp=_pinv_vjp,
-    domain=(case((3, 3), through=well_conditioned), case((4, 2)), case((2, 4)), case((2, 4, 2))),
+    domain=(
+        case((3, 3), through=well_conditioned),
+        case((4, 2)),
+        case((2, 4)),
+        case((2, 4, 2)),
+        case((4, 2), rtol=1e-3),
+    ),
     doc="Moore-Penrose pseudo-inverse: (..., m, n) -> (..., n, m).",
 )
 

@@ -8,16 +8,9 @@ import numpy
 from gpugrad.declare import Function, case, linear, nondiff, primitive
 from gpugrad.ops.elementwise import exp, square, where
 from gpugrad.ops.elementwise import sqrt as _sqrt
-from gpugrad.ops.shape import broadcast_to, eye_like, flip, permute_dims
+from gpugrad.ops.shape import axes_of, broadcast_to, eye_like, flip, permute_dims
 
 Axis = Any  # None, an int or a tuple of ints
-
-
-def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """Return the reduced axes as non-negative integers."""
-    if axis is None:
-        return tuple(range(ndim))
-    return tuple(a % ndim if ndim else a for a in (axis if isinstance(axis, (tuple, list)) else (axis,)))
 
 
 def restore(g: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
@@ -82,7 +75,9 @@ def _mean(xp: Any, x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
         # not wide_sum: 70,000 ones overflow float16 before the division
         return xp.mean(x, axis=axis, keepdims=keepdims, dtype=numpy.float32).astype(x.dtype)
     if getattr(x, "dtype", None) == numpy.float32:
-        return wide_sum(xp, x, axis, keepdims) / numpy.float32(count_of(x, axis))
+        wide = numpy.float64 if count_of(x, axis) >= 4096 else None
+        total = xp.sum(x, axis=axis, keepdims=keepdims, dtype=wide)
+        return (total / total.dtype.type(count_of(x, axis))).astype(x.dtype)
     return xp.mean(x, axis=axis, keepdims=keepdims)
 
 
@@ -128,7 +123,7 @@ def _product_of_others(xp: Any, x: Any) -> Any:
     ones = xp.ones_like(x[..., :1])
     before = xp.cumprod(xp.concat([ones, x[..., :-1]], axis=-1), axis=-1)
     after = xp.flip(xp.cumprod(xp.concat([ones, xp.flip(x, axis=-1)[..., :-1]], axis=-1), axis=-1), axis=-1)
-    return before * after
+    return xp.where((before == 0) | (after == 0), 0, before * after)  # a zero wins over an overflow on the other side
 
 
 def _others_vjp(g: Any, _y: Any, x: Any) -> Any:
@@ -197,11 +192,15 @@ def _safe_sqrt(x: Any) -> Any:
     return where(positive, _sqrt(where(positive, x, 1)), 0 * x)
 
 
+def _cumulative_sum(xp: Any, x: Any, *, axis: int = 0) -> Any:
+    if x.dtype == numpy.float16:
+        return xp.cumsum(x, axis=axis, dtype=numpy.float32).astype(x.dtype)
+    return xp.cumsum(x, axis=axis)
+
+
 cumulative_sum: Function = linear(
     "cumulative_sum",
-    forward=lambda xp, x, *, axis=0: xp.cumsum(
-        x, axis=axis, dtype=numpy.float32 if x.dtype == numpy.float16 else None
-    ).astype(x.dtype),
+    forward=_cumulative_sum,
     transpose=lambda g, _x, *, axis: flip(cumulative_sum(flip(g, axis=axis), axis=axis), axis=axis),
     domain=(case((4,)), case((3, 4), axis=1), case((3, 4), axis=-2), case((0,))),
     doc="Cumulative sum along axis; same shape as x.",
@@ -210,7 +209,8 @@ cumulative_sum: Function = linear(
 
 def _logsumexp(xp: Any, x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
     wide = widened(x)
-    top = xp.max(wide, axis=axis, keepdims=True, initial=-math.inf)
+    # of nothing: any finite top will do
+    top = xp.max(wide, axis=axis, keepdims=True) if x.size else xp.sum(wide, axis=axis, keepdims=True)
     top = xp.where(xp.isfinite(top), top, 0)
     total = xp.sum(xp.exp(wide - top), axis=axis, keepdims=True)
     # the logarithm of nothing is -inf, as the sum of no probabilities is

@@ -1,5 +1,6 @@
 """Shape manipulation: every op here is linear, and most give views."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,17 @@ import numpy
 from gpugrad import backend
 from gpugrad.declare import Function, case, linear, primitive
 from gpugrad.errors import ShapeMismatch
+
+
+def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
+    """Return axes (None for all, an int or a tuple of ints) as non-negative integers. Raises ShapeMismatch."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = tuple(map(operator.index, axis if isinstance(axis, (tuple, list)) else (axis,)))
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ShapeMismatch(f"axis {a} does not exist: there are {ndim} axes")
+    return tuple(a % ndim for a in axes)
 
 
 def eye_like(x: Any, n: int) -> Any:
@@ -28,7 +40,11 @@ _reshape = linear(
 
 def reshape(x: Any, /, shape: int | Sequence[int]) -> Any:
     """Give x another shape with as many elements, in row-major order; one length may be -1."""
-    return _reshape(x, shape=(shape,) if isinstance(shape, int) else tuple(shape))
+    return _reshape(x, shape=_lengths(shape))
+
+
+def _lengths(shape: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, shape)) if isinstance(shape, (tuple, list)) else (operator.index(shape),)
 
 
 def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
@@ -62,8 +78,8 @@ def expand_dims(x: Any, /, *, axis: int = 0) -> Any:
 
 def squeeze(x: Any, /, axis: int | tuple[int, ...]) -> Any:
     """Drop axes of length 1."""
-    axes = {a % max(x.ndim, 1) for a in (axis if isinstance(axis, tuple) else (axis,))}
-    if any(a >= x.ndim or x.shape[a] != 1 for a in axes):
+    axes = axes_of(axis, x.ndim)
+    if any(x.shape[a] != 1 for a in axes):
         raise ShapeMismatch(f"squeeze: axis {axis} of shape {x.shape} is not of length 1")
     return reshape(x, tuple(n for i, n in enumerate(x.shape) if i not in axes))
 
@@ -129,7 +145,7 @@ flip: Function = linear(
 
 
 def _negated(shift: Any) -> Any:
-    return -shift if isinstance(shift, int) else tuple(-s for s in shift)
+    return tuple(-s for s in shift) if isinstance(shift, tuple) else -shift
 
 
 roll: Function = linear(
@@ -143,7 +159,7 @@ roll: Function = linear(
 
 def tile(x: Any, repetitions: int | Sequence[int], /) -> Any:
     """Lay x out repeatedly, repetitions[i] times along axis i."""
-    reps = (repetitions,) if isinstance(repetitions, int) else tuple(repetitions)
+    reps = _lengths(repetitions)
     ndim = max(len(reps), x.ndim)
     reps = (1,) * (ndim - len(reps)) + reps
     shape = (1,) * (ndim - x.ndim) + x.shape

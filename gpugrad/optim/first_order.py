@@ -282,7 +282,7 @@ class SGD(Optimizer):
 
     def _update(self, xp: Namespace, param: Array, grad: Array, state: list[Array], out: Array) -> None:
         if self.weight_decay:
-            decayed = xp.multiply(param, self.weight_decay, out=xp.empty_like(out))
+            decayed = xp.multiply(param.astype(out.dtype, copy=False), self.weight_decay)
             decayed += grad
             grad = decayed
         if not self.momentum:
@@ -361,7 +361,7 @@ class AdamW(Adam):
     def _update(self, xp: Namespace, param: Array, grad: Array, state: list[Array], out: Array) -> None:
         super()._update(xp, param, grad, state, out)
         if self.weight_decay:
-            out -= xp.multiply(param, self.rate * self.weight_decay, out=xp.empty_like(out))
+            out -= xp.multiply(param.astype(out.dtype, copy=False), self.rate * self.weight_decay)
 
 
 class Iterate(NamedTuple):

@@ -161,7 +161,7 @@ class _Run:
         if self.callback is None:
             return False
         try:
-            return self.callback(self.result("running", "running")) is True
+            return self.callback(self.result("running", "running", copy=True)) is True
         except StopIteration:
             return True
 
