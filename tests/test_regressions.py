@@ -358,3 +358,16 @@ def test_linear_algebra_of_half(name: str) -> None:
     gradient = gg.grad(lambda a: gg.sum(first(a) * 0.5))(a)
     assert gradient.dtype == np.float16
     assert_allclose(gradient, gg.grad(lambda a: gg.sum(first(a) * 0.5))(a.astype(np.float64)), rtol=1e-2, atol=1e-2)
+
+
+def test_relu_keeps_infinite_slopes_out() -> None:
+    with np.errstate(divide="ignore"):
+        assert_array_equal(gg.grad(lambda x: gg.sum(gg.relu(gg.log(x))))(np.array([0.0, 0.5, 2.0])), [0.0, 0.0, 0.5])
+
+
+@pytest.mark.parametrize("new", [np.ones(3), np.ones((2, 3), np.float32)])
+def test_an_optimiser_refuses_other_parameters(new: Any) -> None:
+    optimiser = gg.optim.Adam(0.1)
+    optimiser.step(np.ones((2, 3)), np.ones((2, 3)))
+    with pytest.raises(gg.ShapeMismatch, match="make a new optimiser"):
+        optimiser.step(new, np.ones(new.shape, new.dtype))

@@ -21,6 +21,7 @@ relu = elementwise(
     forward=lambda xp, x: xp.maximum(x, 0),
     partials=lambda _y, x: x > 0,
     domain=[(0.1, 3)],
+    masks=True,
     doc="max(x, 0); NaN for NaN. Slope 0 at 0.",
 )
 

@@ -205,15 +205,26 @@ class Optimizer:
             arrays = layout.arrays(params)
             if self._layout is None:
                 self.begin(layout, arrays)
+            came = [(array.shape, array.dtype) for array in arrays]
+            if came != list(zip(layout.shapes, layout.dtypes, strict=True)):
+                raise ShapeMismatch(
+                    f"this optimiser's state belongs to parameters of shapes {layout.shapes}, dtypes {layout.dtypes}; "
+                    f"now came {came}; make a new optimiser for new parameters"
+                )
             return layout.rebuild(self.advance(arrays, layout.gradients(grads)))
 
     def begin(self, layout: Layout, arrays: list[Array]) -> None:
         """Make the state for parameters of this layout, or go on with the state of an earlier run over the same."""
         before = self._layout
-        if before is not None and (before.spec != layout.spec or before.shapes != layout.shapes):
+        if before is not None and (before.spec, before.shapes, before.dtypes) != (
+            layout.spec,
+            layout.shapes,
+            layout.dtypes,
+        ):
             raise ValueError(
                 f"this optimiser's state belongs to parameters {before.spec} with shapes {before.shapes}, now came "
-                f"{layout.spec} with {layout.shapes}; make a new optimiser for new parameters"
+                f"{layout.spec} with {layout.shapes} (dtypes {before.dtypes}, {layout.dtypes}); make a new optimiser "
+                "for new parameters"
             )
         if before is None:
             self.state = [

@@ -2,7 +2,7 @@
 
 The parameters are one flat vector here. Vectors are kept in the parameters' dtype, inner products and the
 two-loop recursion run in float64. Between evaluations everything stays on the device: an evaluation costs one
-transfer of three numbers, an iteration one more.
+transfer of three numbers, an iteration two more (the slope of the direction, the curvature of the new pair).
 """
 
 import math
