@@ -646,7 +646,14 @@ def test_errors_and_their_exit_status(capsys, monkeypatch, error, status, says):
 def start(*arguments, **options):
     path = os.pathsep.join([str(Path(gpugrad.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "gpugrad", *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, text=True, **options)
+    # a shell that runs this in the background has SIGINT ignored, and the child would inherit that
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def test_ctrl_c_keeps_the_best_parameters(capsys, tmp_path, csv):
