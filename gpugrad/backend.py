@@ -43,7 +43,7 @@ CPU = Device("cpu")
 # glibc gives memory above 128 KiB back to the system with every free, and each new array of that size then pays
 # for its page faults: ten times what the arithmetic costs. Freeing one block of 31 MiB (never touched, so never
 # really there) makes malloc raise that limit for good and keep up to 64 MiB for reuse. Elsewhere it does nothing.
-del (_ := [numpy.empty(31 << 20, numpy.uint8)])[0]
+numpy.empty(31 << 20, numpy.uint8)  # freed at once
 
 
 class _Default(threading.local):
