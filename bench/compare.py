@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    simd = np.show_config(mode="dicts")["SIMD Extensions"]["found"]  # type: ignore[index]
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
     return {"processor": model, "cores": cores, "numpy_simd": simd, "system": platform.platform(), "versions": versions}
 
 

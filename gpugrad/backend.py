@@ -282,10 +282,3 @@ def _as_typed(array: Array, dtype: Any, copy: bool | None) -> Array:
             raise ValueError(f"copy=False, but casting {array.dtype} to {numpy.dtype(dtype)} needs a copy")
         return array.astype(dtype)
     return array.copy() if copy else array
-
-
-def synchronize(where: Device) -> None:
-    """Wait until everything launched on a device is done; nothing to wait for on the CPU."""
-    if where.kind == "cuda":
-        with activate(where):
-            cupy().cuda.get_current_stream().synchronize()

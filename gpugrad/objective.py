@@ -457,7 +457,7 @@ def _placed(data: Any, device: str) -> tuple[tuple[Any, ...], backend.Device]:
 
 
 def _identities(data: tuple[Any, ...]) -> frozenset[int]:
-    return frozenset(i for a in data for i in (id(a), id(getattr(a, "base", None) if a.base is not None else a)))
+    return frozenset(i for a in data for i in (id(a), id(a if a.base is None else a.base)))
 
 
 def _frozen(array: Any) -> Any:

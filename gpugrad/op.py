@@ -257,9 +257,9 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     if forward is not op.forward:
         out, *kept = out
     results = (out,) if op.outputs == 1 else tuple(out)
-    shared = [any(external) and _may_share(part, values, op) for part in results]
+    shared = [any(external) and _may_share(part, values) for part in results]
     for part, is_shared in zip(results, shared, strict=True):
-        if type(part) is ndarray and not is_shared and not any(part is value for value in values):
+        if type(part) is ndarray and not is_shared:
             part.flags.writeable = False  # `Tensor.data` shows it: nothing saved from it can change
     node = _record(op, external, values, parents, params, results, shared, where) if tracked else None
     if kept and node is not None:
@@ -272,11 +272,9 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     )
 
 
-def _may_share(part: Array, values: list[Any], op: Op) -> bool:
-    """Tell whether a result may lie in the memory of an argument: a view does, an elementwise result does not."""
-    if op.kind == "elementwise" or isinstance(part, numpy.generic):
-        return any(part is value for value in values)
-    return part.base is not None or any(part is value for value in values)
+def _may_share(part: Array, values: list[Any]) -> bool:
+    """Tell whether a result may lie in the memory of an argument: a view may, and an argument handed back does."""
+    return not isinstance(part, numpy.generic) and (part.base is not None or any(part is value for value in values))
 
 
 def box(data: Array, node: Node | None, external: bool = False) -> Any:

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import gpugrad as gg
 from gpugrad.objective import _blas
-from gpugrad.op import checksum, recording
+from gpugrad.op import checksum, recording, registry
 
 
 def in_threads(work: Any, count: int = 8) -> None:
@@ -371,3 +371,23 @@ def test_an_optimiser_refuses_other_parameters(new: Any) -> None:
     optimiser.step(np.ones((2, 3)), np.ones((2, 3)))
     with pytest.raises(gg.ShapeMismatch, match="make a new optimiser"):
         optimiser.step(new, np.ones(new.shape, new.dtype))
+
+
+def test_an_op_that_gives_back_a_view_is_protected() -> None:
+    declared = gg.elementwise(
+        "t_view_of_first",
+        forward=lambda xp, x, y, z: x[...],
+        partials=(1, 0, 0),
+        domain=[(0, 1)] * 3,
+        doc="x, as a view: what elementwise asks not to do.",
+    )
+    try:
+        a = np.array([1.0, 2.0])
+        w = gg.tensor([1.0, 1.0], requires_grad=True)
+        loss = (w * declared(gg.asarray(a), 1.0, 1.0)).sum()
+        a[:] = 0
+        loss.backward()
+        assert w.grad is not None
+        assert_array_equal(w.grad.numpy(), [1.0, 2.0])
+    finally:
+        del registry["t_view_of_first"]
