@@ -144,7 +144,7 @@ def value_and_grad(
             out, aux = out
         value, results, recorded = _pull(out, inputs, outer, name)
         if has_aux and not recorded:
-            aux = optree.tree_map(_off_tape, aux)  # type: ignore[arg-type]
+            aux = optree.tree_map(lambda part: _off_tape(part, inputs, outer), aux)  # type: ignore[arg-type]
         gradients = inputs.like_given(results)
         gradient = gradients if isinstance(argnums, Sequence) else gradients[0]
         return ((value, aux) if has_aux else value), gradient
@@ -152,8 +152,11 @@ def value_and_grad(
     return wrapped
 
 
-def _off_tape(value: Any) -> Any:
-    return value.detach() if type(value) is Tensor else value
+def _off_tape(value: Any, inputs: _Inputs, outer: bool) -> Any:
+    """Detach what hangs on our inputs alone; what also hangs on an outer tape stays there."""
+    if type(value) is not Tensor or value._node is None:
+        return value
+    return value if outer and _others(reachable([value._node]), inputs) else value.detach()
 
 
 def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[Node, Any], bool]:

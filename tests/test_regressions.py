@@ -182,6 +182,14 @@ def test_aux_leaves_the_tape() -> None:
     assert not aux["twice"].requires_grad
 
 
+def test_aux_stays_on_an_outer_tape() -> None:
+    def outer(a: Any) -> Any:
+        _, aux = gg.grad(lambda b: (b * b, a * b), has_aux=True)(2.0)
+        return aux
+
+    assert gg.grad(outer)(3.0) == 2.0
+
+
 def test_argnums() -> None:
     with pytest.raises(ValueError, match="twice"):
         gg.grad(lambda x, y: (x * y).sum(), argnums=(0, -2))(np.ones(2), np.ones(2))
@@ -258,6 +266,7 @@ def test_products_of_empty_matrices(shapes: Any) -> None:
 def test_softmax_of_nothing(function: Any) -> None:
     assert function(np.zeros((3, 0))).shape == (3, 0)
     assert gg.grad(lambda x: gg.sum(function(x)))(np.zeros(0)).shape == (0,)
+    assert function(np.zeros(0, np.float16)).dtype == np.float16
 
 
 def test_logsumexp_of_nothing() -> None:

@@ -241,7 +241,7 @@ logsumexp = primitive(
 def _softmax(xp: Any, x: Any, *, axis: int = -1) -> Any:
     wide = widened(x)
     if not x.size:
-        return xp.zeros_like(wide)
+        return xp.zeros_like(x, dtype=narrowed(wide, x).dtype)
     e = xp.exp(wide - xp.max(wide, axis=axis, keepdims=True))
     return narrowed(e / xp.sum(e, axis=axis, keepdims=True), x)
 
@@ -260,7 +260,7 @@ softmax = primitive(
 def _log_softmax(xp: Any, x: Any, *, axis: int = -1) -> Any:
     wide = widened(x)
     if not x.size:
-        return xp.zeros_like(wide)
+        return xp.zeros_like(x, dtype=narrowed(wide, x).dtype)
     shifted = wide - xp.max(wide, axis=axis, keepdims=True)
     return narrowed(shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True)), x)
 
