@@ -1,0 +1,71 @@
+// Backward of activation(x + b) with the bias gradient, a sum down the columns, fused in: one pass writes dx, which is
+// also the gradient of x, and per-block sums of it; add_partials finishes. x is (rows, cols), b is (cols,).
+//
+//   relu    dx = y > 0 ? g : 0              needs only the output y
+//   swish   dx = g * swish'(beta, x + b)    computes z = x + b again: cheaper than reading it
+//
+// Exact (relu) or as swish.cuh has it; db to the relative error of sums.cuh.
+// Build alone: nvcc -cubin -arch=sm_90 -DGPUGRAD_T=float cuda_kernels/bias.cu (half: as swish_sum.cu tells).
+// Launch: BLOCK threads; grid (packs of columns, chunks of rows).
+#include "relu.cuh"
+#include "sums.cuh"
+#include "swish.cuh"
+
+using T = GPUGRAD_T;
+using A = gpugrad::acc_t<T>;
+constexpr int WIDE = 16 / sizeof(T);
+
+template <int N>
+__device__ __forceinline__ void bias_relu(const A* g, const T* y, A* dx, double* partial, long long rows,
+                                          long long cols) {
+  const gpugrad::Place at(cols / N, N);
+  gpugrad::Pack<A, N> gs, out;
+  gpugrad::Pack<T, N> ys;
+  gpugrad::column_sums<N>(
+      at, rows, cols, partial,
+      [&](long long e) {
+        gs.load(g + e);
+        ys.load(y + e);
+      },
+      [&](int k, long long) { return out[k] = gpugrad::relu_backward(A(gs[k]), A(ys[k])); },
+      [&](long long e) { out.store(dx + e); });
+}
+
+template <int N>
+__device__ __forceinline__ void bias_swish(const A* g, const T* x, const T* b, A beta, A* dx, double* partial,
+                                           long long rows, long long cols) {
+  const gpugrad::Place at(cols / N, N);
+  A bias[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) bias[k] = at.idle ? A(0) : A(b[at.column + k]);
+  gpugrad::Pack<A, N> gs, out;
+  gpugrad::Pack<T, N> xs;
+  gpugrad::column_sums<N>(
+      at, rows, cols, partial,
+      [&](long long e) {
+        gs.load(g + e);
+        xs.load(x + e);
+      },
+      [&](int k, long long) {
+        const A z = beta * (A(xs[k]) + bias[k]);
+        return out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)));
+      },
+      [&](long long e) { out.store(dx + e); });
+}
+
+#define GPUGRAD_KERNEL extern "C" __global__ void __launch_bounds__(gpugrad::BLOCK)
+
+GPUGRAD_KERNEL bias_relu_wide(const A* g, const T* y, A* dx, double* partial, long long rows, long long cols) {
+  bias_relu<WIDE>(g, y, dx, partial, rows, cols);
+}
+GPUGRAD_KERNEL bias_relu_narrow(const A* g, const T* y, A* dx, double* partial, long long rows, long long cols) {
+  bias_relu<1>(g, y, dx, partial, rows, cols);
+}
+GPUGRAD_KERNEL bias_swish_wide(const A* g, const T* x, const T* b, A beta, A* dx, double* partial, long long rows,
+                               long long cols) {
+  bias_swish<WIDE>(g, x, b, beta, dx, partial, rows, cols);
+}
+GPUGRAD_KERNEL bias_swish_narrow(const A* g, const T* x, const T* b, A beta, A* dx, double* partial, long long rows,
+                                 long long cols) {
+  bias_swish<1>(g, x, b, beta, dx, partial, rows, cols);
+}
