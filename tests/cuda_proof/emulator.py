@@ -7,9 +7,9 @@ warp functions, each thread of a block is a fiber (launch.h).
 
 What this shows and what it does not:
 
-- Values. Arithmetic is IEEE, with multiply-adds contracted where the processor has them, as nvcc does by default, though
-  not always the same ones. Mathematical functions are the host's, good to about one unit in the last place; `worst=True`
-  moves every result of exp, log, tanh, rsqrt and their fast forms by the largest error that CUDA documents for it.
+- Values. Arithmetic is IEEE, with multiply-adds contracted where the processor has them, as nvcc does by default,
+  though not always the same ones. Mathematical functions are the host's, good to about one unit in the last place;
+  `worst=True` moves each result of exp, log, tanh, rsqrt and their fast forms by the largest error CUDA documents.
 - Flush to zero. CuPy compiles with -ftz=true, which concerns float32 only. Here the processor's own switch does it,
   for all its arithmetic, so it is on where no float64 takes part (or as `flush` says). It covers arithmetic,
   comparisons and the results of functions; copying a subnormal, negating it or taking its absolute value keeps it,
@@ -24,11 +24,9 @@ What this shows and what it does not:
 Compiled kernels are kept in $GPUGRAD_EMULATOR_CACHE or a folder of temporary files, under the hash of text and options.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import mmap
 import os
 import platform
@@ -44,11 +42,24 @@ import numpy as np
 HERE = Path(__file__).parent
 LIMIT_32_BITS = 1 << 31
 NO_LIMIT = 0x7FFFFFFF
-OPTIONS = (
-    "-O2 -std=gnu++17 -shared -fPIC -fvisibility=hidden -ffp-contract=fast -fno-strict-aliasing -U_FORTIFY_SOURCE -w "
-    "-fsanitize=alignment,bounds,integer-divide-by-zero,signed-integer-overflow -fsanitize-undefined-trap-on-error"
-).split()
+OPTIONS = [
+    "-O2",
+    "-std=gnu++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+    "-fsanitize=alignment,bounds,integer-divide-by-zero,signed-integer-overflow",
+    "-fsanitize-undefined-trap-on-error",
+]
 WAITS = re.compile(r"__syncthreads|__syncwarp|__shfl|__ballot|__any_sync|__all_sync|__activemask")
+
+
+DYNAMIC = re.compile(
+    r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\s*\w+\s*\)\s*)?([\w:]+(?:\s+[\w:]+)*)\s+(\w+)\s*\[\s*\]\s*;"
+)
 
 
 class KernelFault(RuntimeError):
@@ -127,22 +138,44 @@ def cache_folder() -> Path:
     return Path(folder)
 
 
-def _compile(options: list[str], source: str, suffix: str) -> Path:
-    """Compile to a file named by the hash of everything that enters, unless it is there; return it."""
-    headers = "".join((HERE / name).read_text() for name in ("shim.h", "launch.h"))
-    key = "\0".join([source, headers, *options, _compiler_version()])
-    target = cache_folder() / (hashlib.sha256(key.encode()).hexdigest()[:32] + suffix)
+@functools.cache
+def _flags() -> list[str]:
+    major, minor = _cuda_version()
+    versions = [f"-D__CUDACC_VER_MAJOR__={major}", f"-D__CUDACC_VER_MINOR__={minor}"]
+    return [*OPTIONS, *_host_options(), f"-I{HERE}", *_include_options(), *versions]
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _make(target: Path, options: list[str], text: str) -> Path:
+    """Compile a text to a file that is named by its hash, unless it is there; return the file."""
     if target.exists():
         return target
-    # Two processes may compile the same kernel: each writes its own file, and the rename is atomic.
+    # Two processes may compile the same text: each writes its own file, and the rename is atomic.
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-        text, result = Path(folder) / "kernel.cpp", Path(folder) / "result"
-        text.write_text(source)
-        run = subprocess.run(["g++", *options, "-o", str(result), str(text)], capture_output=True, text=True)
+        source, result = Path(folder) / "kernel.cpp", Path(folder) / "result"
+        source.write_text(text)
+        run = subprocess.run(["g++", *options, "-o", str(result), str(source)], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"g++ cannot compile the kernel:\n{run.stderr[:4000]}")
         result.replace(target)
     return target
+
+
+@functools.cache
+def _prelude(includes: tuple[str, ...]) -> Path:
+    """Write the header that comes before a kernel and compile it: reading CuPy's headers takes longer than the rest."""
+    text = '#include "shim.h"\n#include "launch.h"\n' + "".join(f"{line}\n" for line in includes)
+    own = [(HERE / name).read_text() for name in ("shim.h", "launch.h")]
+    header = cache_folder() / f"{_hash(text, *own, *_flags(), _compiler_version())}.h"
+    if not header.exists():
+        with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(header)
+    _make(header.with_suffix(".h.gch"), [*_flags(), "-x", "c++-header"], text)
+    return header
 
 
 class _What(ctypes.Structure):
@@ -164,14 +197,13 @@ class _What(ctypes.Structure):
 class _Compiled:
     """A kernel in a shared object: its parameters and how to launch it."""
 
-    def __init__(self, before: str, source: str, name: str, after: str, options: tuple[str, ...] = ()) -> None:
-        major, minor = _cuda_version()
-        flags = [*OPTIONS, *_host_options(), f"-I{HERE}", *_include_options()]
-        flags += [f"-D__CUDACC_VER_MAJOR__={major}", f"-D__CUDACC_VER_MINOR__={minor}"]
-        flags += [option for option in options if option.startswith(("-D", "-I"))]
-        text = f'#include "shim.h"\n{before}\n#line 1 "{name}.cu"\n{source}\n{after}\n#include "launch.h"\nGG_EXPORT({name})\n'
+    def __init__(self, includes: list[str], source: str, name: str, options: tuple[str, ...]) -> None:
+        header = _prelude(tuple(includes))
+        flags = [*_flags(), "-shared", f"-I{header.parent}", *(o for o in options if o.startswith(("-D", "-I")))]
+        text = f'#include "{header.name}"\n#line 1 "{name}.cu"\n{source}\nGG_EXPORT({name})\n'
+        target = cache_folder() / f"{_hash(text, *flags)}.so"
         # PyDLL keeps the interpreter's lock: a kernel's state is global, so launches must not overlap.
-        library = ctypes.PyDLL(str(_compile(flags, text, ".so")))
+        library = ctypes.PyDLL(str(_make(target, flags, text)))
         self.name, self.fibers = name, bool(WAITS.search(source))
         self._launch = library.gg_launch
         self._launch.restype, self._launch.argtypes = ctypes.c_char_p, (ctypes.POINTER(_What), ctypes.c_void_p)
@@ -180,7 +212,7 @@ class _Compiled:
         self.sizes, self.kinds = list(sizes[:number]), kinds.raw[:number].decode()
 
     def launch(self, grid, block, values, *, shared, flush, reverse, worst, blocks) -> None:
-        """Launch with the bytes of each argument; ValueError where CUDA would refuse, KernelFault where it would die."""
+        """Launch with the bytes of each argument; ValueError if they do not fit, KernelFault if the kernel is at fault."""
         if [len(v) for v in values] != self.sizes:
             raise ValueError(
                 f"{self.name}: the arguments have {[len(v) for v in values]} bytes, the parameters {self.sizes}; "
@@ -188,9 +220,8 @@ class _Compiled:
             )
         total = grid[0] * grid[1] * grid[2]
         first, stop = (0, total) if blocks is None else blocks
-        what = _What(
-            (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), first, stop, shared, flush, self.fibers, reverse, worst
-        )  # fmt: skip
+        three = ctypes.c_uint * 3
+        what = _What(three(*grid), three(*block), first, stop, shared, flush, self.fibers, reverse, worst)
         memory = [ctypes.create_string_buffer(v, max(len(v), 1) + 16) for v in values]
         # A structure may be declared with 16-byte alignment, so the values lie at such addresses.
         aligned = (ctypes.c_void_p * max(len(values), 1))()
@@ -207,7 +238,7 @@ class _Compiled:
 
 
 class _Argument:
-    """A NumPy array with what CuPy's ndarray carries: the contiguity and width of index that survive a change of view."""
+    """A NumPy array with what a CuPy array carries along its views: contiguity, and whether 32-bit indices do."""
 
     def __init__(self, array: np.ndarray, shape, strides, contiguous: bool, narrow: bool) -> None:
         self.array, self.shape, self.strides = array, tuple(shape), tuple(strides)
@@ -324,10 +355,8 @@ def elementwise_source(kernel, layouts, type_map) -> str:
 
 @functools.cache
 def _compiled_elementwise(source: str, name: str, options: tuple[str, ...]) -> _Compiled:
-    includes = re.findall(r"^#include <cupy/.*$", source, re.MULTILINE)
-    return _Compiled(
-        "\n".join(includes), re.sub(r"^#include <cupy/.*\n", "", source, flags=re.MULTILINE), name, "", options
-    )
+    includes = re.findall(r"^#include .cupy/.*$", source, re.MULTILINE)
+    return _Compiled(includes, re.sub(r"^#include .cupy/.*$", "", source, flags=re.MULTILINE), name, options)
 
 
 # By kernel and layouts, so that a repeated call does not ask CuPy for the text again. The kernel itself is the key.
@@ -423,9 +452,8 @@ def run_elementwise(kernel, args, kwargs=None, *, wide=False, flush=None, revers
     if flush is None:
         flush = not any(layout[1] == np.float64 for layout in layouts)
     grid, block = min(NO_LIMIT, -(-count // block_size)), min(block_size, count)
-    compiled.launch(
-        (grid, 1, 1), (block, 1, 1), values, shared=0, flush=flush, reverse=reverse, worst=worst, blocks=blocks
-    )  # fmt: skip
+    rules = {"flush": flush, "reverse": reverse, "worst": worst, "blocks": blocks}
+    compiled.launch((grid, 1, 1), (block, 1, 1), values, shared=0, **rules)
     return results
 
 
@@ -434,17 +462,13 @@ def run_elementwise(kernel, args, kwargs=None, *, wide=False, flush=None, revers
 
 @functools.cache
 def _compiled_raw(source: str, name: str, options: tuple[str, ...]) -> _Compiled:
-    includes = "\n".join(re.findall(r"^[ \t]*#include .*$", source, re.MULTILINE))
+    includes = re.findall(r"^[ \t]*#include .*$", source, re.MULTILINE)
     text = re.sub(r"^[ \t]*#include .*$", "", source, flags=re.MULTILINE)
-    text = re.sub(
-        r"extern\s+__shared__\s+(?:__align__\s*\(\s*\w+\s*\)\s*|alignas\s*\(\s*\w+\s*\)\s*)?([\w:]+(?:\s+[\w:]+)*)\s+(\w+)\s*\[\s*\]\s*;",
-        r"\1 *const \2 = reinterpret_cast<\1 *>(gg::dynamic_shared);",
-        text,
-    )
+    text = DYNAMIC.sub(r"\1 *const \2 = reinterpret_cast<\1 *>(gg::dynamic_shared);", text)
     if re.search(r"extern\s+__shared__", text):
         raise NotImplementedError(f"{name}: this form of `extern __shared__` is not known to the emulator")
     # Without linkage no function's shared memory is merged with another's, which g++ refuses in a section of its own.
-    return _Compiled(f"{includes}\nnamespace {{", text, name, "}", options)
+    return _Compiled(includes, f"namespace {{ {text}\n}}", name, options)
 
 
 def _value(a) -> tuple[bytes, str]:
@@ -507,16 +531,15 @@ def run_raw(
     if flush is None:
         double = any(isinstance(a, (np.ndarray, np.generic)) and a.dtype == np.float64 for a in args)
         flush = not double and not re.search(r"\busing\s+T\s*=\s*double\b", source)
-    compiled.launch(
-        grid, block, [v for v, _ in values], shared=int(shared_mem), flush=flush, reverse=reverse, worst=worst, blocks=blocks
-    )  # fmt: skip
+    rules = {"flush": flush, "reverse": reverse, "worst": worst, "blocks": blocks}
+    compiled.launch(grid, block, [v for v, _ in values], shared=int(shared_mem), **rules)
 
 
 # Guarded memory
 
 
 def guarded(data, *, start=False) -> np.ndarray:
-    """Copy an array to memory that ends (or starts) at a page nobody may touch; a kernel that strays raises KernelFault.
+    """Copy an array to memory that ends (or starts) at a page nobody may touch: straying raises KernelFault.
 
     The copy is in C order. Its end is the page's edge to the byte, so of a size that is no multiple of 16 bytes the
     start is aligned to the element only; `start=True` aligns the start to the page and guards what lies before.

@@ -1,4 +1,4 @@
-// Runs a kernel on the host. Comes after the kernel's text in the same translation unit.
+// Runs a kernel of the same translation unit on the host.
 //
 // A block's threads run one after the other. Where the kernel has barriers or warp functions, each thread is a fiber:
 // a thread that must wait hands over, and the block goes on when everybody has come. The order of threads, warps and

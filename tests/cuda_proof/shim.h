@@ -1,7 +1,7 @@
 // What CUDA C++ has and g++ has not, so that a kernel's unchanged text compiles for the host.
 //
-// Included before the kernel's text; launch.h comes after it. Only what a kernel may name is here. The types with their
-// alignments and the half precision functions are NVIDIA's own headers.
+// Included before the kernel's text. The types with their alignments and the half precision functions are from NVIDIA's
+// own headers.
 #pragma once
 
 #include <assert.h>
