@@ -1,4 +1,4 @@
-"""The command `gpugrad`: fit and predict from files, and what this installation is.
+"""The command `gpugrad`: fit and predict from files, what this installation is, and whether its numbers are right.
 
 What a person reads goes to stderr, what a program reads to stdout or a file. Exit status: 0 done, 1 failed, 2 bad
 usage, 130 interrupted.
@@ -119,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     info.add_argument("--json", action="store_true", help="as JSON")
+    _add_selftest(commands)
     return top
 
 
@@ -200,6 +201,20 @@ def _add_predict(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     predict.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
     predict.add_argument("--json", metavar="FILE", help="write metrics and counts as JSON; - is stdout")
+
+
+def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="check the numbers on this machine",
+        description="Check every op and its gradient, sums, optimisers and fits on a device against float64 on the "
+        "CPU; on a GPU its kernels, streaming and memory too. Exit status 1 if something is off. On a GPU the first "
+        "run compiles kernels for a minute or two; CuPy keeps them.",
+        allow_abbrev=False,
+    )
+    selftest.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
+    selftest.add_argument("--quick", action="store_true", help="fewer cases: a health check of a second or two")
+    selftest.add_argument("--json", metavar="FILE", help="write the results as JSON; - is stdout")
 
 
 def _complain(message: str, command: str = "") -> None:
