@@ -471,9 +471,19 @@ def test_the_first_trial_moves_by_one_unit_at_most(method):
 
 def filled_memory(pairs, size, dtype="float64"):
     memory = _Memory(_Flat(Layout(np.zeros(4, dtype))), size)
+    start = Point(0, 0, 0, np.zeros(4, dtype), np.zeros(4, dtype))
     for s, y in pairs:
-        memory.add(Point(0, 0, 0, np.zeros(4, dtype), np.zeros(4, dtype)), Point(0, 0, 0, s, y))
+        memory.add(start, memory.look(1.0, s, 0.0, y, start))
     return memory
+
+
+def direction_at(memory, gradient):
+    """The direction where the gradient is this, and its slope."""
+    here = Point(0, 0, 0, np.zeros(4), gradient)
+    here = memory.look(0.0, here.x, 0.0, gradient, here)
+    memory.add(here, here)  # a step of nothing: no pair, but the products with the gradient
+    slope = memory.turn(here)
+    return memory.direction.copy(), slope
 
 
 def dense_direction(pairs, gradient):
@@ -492,8 +502,24 @@ def test_two_loop_recursion_is_the_dense_update(count):
     hessian = np.diag([1.0, 2.0, 5.0, 9.0]) + 0.3
     pairs = [(s, hessian @ s + 0.01 * rng.normal(size=4)) for s in rng.normal(size=(count, 4))]
     gradient = frozen(rng.normal(size=4))
-    memory = filled_memory(pairs, 5)
-    assert_allclose(memory.direction(gradient), dense_direction(pairs[-5:], gradient), rtol=1e-11)
+    direction, slope = direction_at(filled_memory(pairs, 5), gradient)
+    expected = dense_direction(pairs[-5:], gradient)
+    assert_allclose(direction, expected, rtol=1e-11)
+    assert slope == pytest.approx(expected @ gradient, rel=1e-11)
+
+
+def test_a_cleared_memory_starts_afresh():
+    rng = np.random.default_rng(0)
+    pairs = [(s, 2 * s + 0.1 * rng.normal(size=4)) for s in rng.normal(size=(4, 4))]
+    memory = filled_memory(pairs, 3)
+    memory.clear()
+    gradient = rng.normal(size=4)
+    direction, slope = direction_at(memory, gradient)
+    assert_array_equal(direction, -gradient)
+    assert slope == pytest.approx(-gradient @ gradient)
+    start = Point(0, 0, 0, np.zeros(4), np.zeros(4))
+    memory.add(start, memory.look(1.0, pairs[0][0], 0.0, pairs[0][1], start))
+    assert_allclose(direction_at(memory, gradient)[0], dense_direction(pairs[:1], gradient), rtol=1e-11)
 
 
 def test_pairs_without_positive_curvature_are_skipped():
@@ -502,15 +528,17 @@ def test_pairs_without_positive_curvature_are_skipped():
     flat = (np.array([0, 1.0, 0, 0]), np.array([1.0, 1e-17, 0, 0]))
     memory = filled_memory([good, negative, flat], 5)
     assert len(memory.used) == 1
-    assert_allclose(memory.direction(np.ones(4)), -0.5)
+    assert_allclose(direction_at(memory, np.ones(4))[0], -0.5)
 
 
 def test_inner_products_of_float32_accumulate_in_float64():
     n = 100_000
     memory = _Memory(_Flat(Layout(np.zeros(n, "float32"))), 1)
     a = np.full(n, 0.1, "float32")
+    start = Point(0, 0, 0, np.zeros(n, "float32"), np.zeros(n, "float32"))
+    point = memory.look(1.0, a, 0.0, 2 * a, start)
     exact = n * float(a[0]) ** 2
-    assert float(memory.dot(a, a)) == pytest.approx(exact, rel=1e-12)
+    assert_allclose(point.products[:3], exact * np.array([[1, 2, 2], [2, 4, 4], [2, 4, 4]]), rtol=1e-12)
 
 
 # --- stopping -------------------------------------------------------------------------------------------

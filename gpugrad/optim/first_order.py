@@ -137,12 +137,19 @@ def _tracked_tensor(array: Array) -> Tensor:
     return boxed
 
 
-def to_host(xp: Namespace, *values: Any) -> list[float]:
-    """Read scalars from the device, all in one transfer: the only place where an optimiser waits for it."""
+def fetch(xp: Namespace, *values: Any) -> list[Any]:
+    """Read numbers and arrays as float64 on the host, all in one transfer: the one place where an optimiser waits."""
     if xp is numpy:
-        return [float(value) for value in values]
-    stacked: list[float] = xp.stack([xp.asarray(value, dtype=xp.float64) for value in values]).tolist()
-    return stacked
+        return list(values)
+    arrays = [xp.asarray(value, dtype=xp.float64) for value in values]
+    flat = backend.to_device(xp.concat([array.reshape(-1) for array in arrays]), backend.CPU)
+    ends = numpy.cumsum([array.size for array in arrays])[:-1]
+    return [part.reshape(array.shape) for part, array in zip(numpy.split(flat, ends), arrays, strict=True)]
+
+
+def to_host(xp: Namespace, *values: Any) -> list[float]:
+    """Read scalars from the device, all in one transfer."""
+    return [float(value) for value in fetch(xp, *values)]
 
 
 def max_norm(xp: Namespace, grads: list[Array]) -> Any:

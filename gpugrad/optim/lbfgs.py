@@ -1,19 +1,20 @@
 """Limited-memory BFGS with a strong-Wolfe line search.
 
-The parameters are one flat vector here. Vectors are kept in the parameters' dtype, inner products and the
-two-loop recursion run in float64. Between evaluations everything stays on the device: an evaluation costs one
-transfer of three numbers, an iteration two more (the slope of the direction, the curvature of the new pair).
+The parameters are one flat vector here, and the pairs of the memory are rows of one float64 matrix. An evaluation is
+followed by one matrix product, which gives every inner product that the line search, the choice of the pair and the
+next direction can ask for (Chen, Wang & Zhou 2014). They are read together with the value: one transfer an evaluation.
+The two-loop recursion runs on those numbers; vectors are touched again when its coefficients combine them.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
 from gpugrad.backend import Array
-from gpugrad.optim.first_order import Evaluate, Iterate, Layout, Precision, Stop, max_norm, to_host
+from gpugrad.optim.first_order import Evaluate, Iterate, Layout, Precision, Stop, fetch, max_norm
 
 __all__ = ["lbfgs", "strong_wolfe"]
 
@@ -22,7 +23,10 @@ CURVATURE = 0.9  # c2, as Nocedal & Wright advise for quasi-Newton directions
 
 
 class Point(NamedTuple):
-    """A place on the line: step, objective, slope along the direction, and what belongs to the place."""
+    """A place on the line: step, objective, slope along the direction, and what belongs to the place.
+
+    products: inner products of the memory's rows with s, y and g here (see `_Memory`), on the host.
+    """
 
     alpha: float
     fun: float
@@ -30,6 +34,7 @@ class Point(NamedTuple):
     x: Array = None
     grad: Array = None
     grad_norm: float = math.nan
+    products: Any = None
 
     @property
     def finite(self) -> bool:
@@ -144,57 +149,78 @@ class _Flat:
 
 
 class _Memory:
-    """The latest pairs s = x' - x, y = g' - g, and the inverse Hessian they stand for."""
+    """The latest pairs s = x' - x, y = g' - g, and the inverse Hessian they stand for.
+
+    Rows of `rows`: s, y and g of the place looked at, the direction, then s and y of each pair in its slot. Beside
+    them, on the host, the pairs' inner products: s_i . y_j (0 where i is newer), y_i . y_j, and both with the gradient.
+    """
 
     def __init__(self, flat: _Flat, size: int) -> None:
-        xp = self.xp = flat.xp
+        self.xp, self.flat = flat.xp, flat
         self.eps = float(numpy.finfo(flat.dtype).eps)
-        self.s = xp.empty((size, flat.size), dtype=flat.dtype)
-        self.y = xp.empty((size, flat.size), dtype=flat.dtype)
-        self.rho = [0.0] * size
+        self.rows = flat.xp.zeros((4 + 2 * size, flat.size), dtype=numpy.float64)
+        self.direction = self.rows[3]
+        self.sy, self.yy = numpy.zeros((2, size, size))
+        self.sg, self.yg = numpy.zeros((2, size))
         self.scale = 1.0
-        self.used: deque[int] = deque()
-        self.free = list(range(size))
-        self.work = xp.empty(flat.size, dtype=xp.float64)
+        self.used: deque[int] = deque()  # slots, oldest pair first
+        self.free = list(reversed(range(size)))
+        self.filled = 0  # slots that have held a pair
 
-    def dot(self, a: Array, b: Array) -> Array:
-        """Inner product accumulated in float64, left on the device."""
-        if a.dtype == b.dtype == self.work.dtype:
-            return self.xp.dot(a, b)
-        return self.xp.sum(self.xp.multiply(a, b, out=self.work, dtype=self.work.dtype))
+    def look(self, alpha: float, x: Array, value: Any, grad: Array, before: Point | None) -> Point:
+        """Return the point at x with its inner products: one transfer. before: where the line begins."""
+        xp, rows = self.xp, self.rows[: 4 + 2 * self.filled]
+        if before is not None:
+            xp.subtract(x, before.x, out=rows[0], dtype=rows.dtype)
+            xp.subtract(grad, before.grad, out=rows[1], dtype=rows.dtype)
+        rows[2] = grad
+        fun, peak, products = fetch(xp, value, max_norm(xp, [grad]), xp.matmul(rows, rows[:3].T))
+        return Point(alpha, float(fun), float(products[3, 2]), x, grad, float(peak), products)
 
     def clear(self) -> None:
-        self.free.extend(self.used)
+        self.free.extend(reversed(self.used))
         self.used.clear()
 
     def add(self, before: Point, after: Point) -> None:
-        """Keep the pair of a step, unless its curvature is not safely positive."""
+        """Keep the pair of a step, unless its curvature is not safely positive; and the gradient's products."""
+        own, pairs = after.products[:4], after.products[4:]
+        known = len(pairs) // 2
+        self.sg[:known], self.yg[:known] = pairs[0::2, 2], pairs[1::2, 2]
+        ss, sy, yy = own[0, 0], own[0, 1], own[1, 1]
+        if not sy > self.eps * math.sqrt(ss) * math.sqrt(yy):
+            return
         slot = self.free.pop() if self.free else self.used.popleft()
-        s, y = self.s[slot], self.y[slot]
-        self.xp.subtract(after.x, before.x, out=s)
-        self.xp.subtract(after.grad, before.grad, out=y)
-        sy, ss, yy = to_host(self.xp, self.dot(s, y), self.dot(s, s), self.dot(y, y))
-        if sy > self.eps * math.sqrt(ss) * math.sqrt(yy):
-            self.rho[slot], self.scale = 1 / sy, sy / yy
-            self.used.append(slot)
-        else:
-            self.free.append(slot)
+        s, y = self.rows[4 + 2 * slot], self.rows[5 + 2 * slot]
+        self.xp.subtract(after.x, before.x, out=s, dtype=s.dtype)
+        self.xp.subtract(after.grad, before.grad, out=y, dtype=y.dtype)
+        self.sy[slot] = 0.0
+        self.sy[:known, slot] = pairs[0::2, 1]
+        self.yy[:known, slot] = self.yy[slot, :known] = pairs[1::2, 1]
+        self.sy[slot, slot], self.yy[slot, slot] = sy, yy
+        self.sg[slot], self.yg[slot] = own[0, 2], own[1, 2]
+        self.scale = sy / yy
+        self.used.append(slot)
+        self.filled = max(self.filled, slot + 1)
 
-    def direction(self, grad: Array) -> Array:
-        """Return -H g in float64 (Nocedal & Wright, algorithm 7.4, scaled as in eq. 7.20)."""
+    def turn(self, here: Point) -> float:
+        """Set the direction to -H g (Nocedal & Wright, algorithm 7.4, scaled as in eq. 7.20); return its slope."""
+        used = list(self.used)
+        square = float(here.products[2, 2])
+        if not used:
+            self.direction[...] = -here.grad
+            return -square
+        upper, yy = self.sy[used][:, used], self.yy[used][:, used]
+        sg, yg, scale = self.sg[used], self.yg[used], self.scale
+        # d = -scale * (g + sum of a_k y_k) + sum of b_k s_k. The loops over vectors are triangular systems here.
+        a = numpy.linalg.solve(upper, -sg)
+        rest = upper.diagonal() * a + scale * (yg + yy @ a)
+        b = numpy.linalg.solve(upper.T[::-1, ::-1], rest[::-1])[::-1]  # reversed it is upper too: LAPACK swaps no rows
+        weights = numpy.zeros((self.filled, 2))
+        weights[used, 0], weights[used, 1] = b, -scale * a
         xp = self.xp
-        d = xp.negative(grad, dtype=xp.float64)
-        weights = []
-        for k in reversed(self.used):
-            weight = self.rho[k] * self.dot(self.s[k], d)
-            d -= xp.multiply(self.y[k], weight, out=self.work)
-            weights.append(weight)
-        if self.used:
-            d *= self.scale
-        for k, weight in zip(self.used, reversed(weights), strict=True):
-            weight = weight - self.rho[k] * self.dot(self.y[k], d)
-            d += xp.multiply(self.s[k], weight, out=self.work)
-        return d
+        xp.dot(xp.asarray(weights.reshape(-1)), self.rows[4 : 4 + 2 * self.filled], out=self.direction)
+        self.direction -= xp.multiply(here.grad, scale, dtype=self.rows.dtype)
+        return float(b @ sg - scale * (square + a @ yg))
 
 
 def lbfgs(layout: Layout, start: list[Array], evaluate: Evaluate, *, memory: int = 10) -> Iterator[Iterate | Stop]:
@@ -202,12 +228,9 @@ def lbfgs(layout: Layout, start: list[Array], evaluate: Evaluate, *, memory: int
     flat = _Flat(layout)
     xp, pairs = flat.xp, _Memory(flat, memory)
 
-    def look(x: Array, alpha: float, direction: Array | None) -> Point:
+    def look(x: Array, alpha: float, before: Point | None) -> Point:
         value, grads = evaluate(flat.split(x))
-        grad = flat.ravel(grads)
-        slope = 0.0 if direction is None else pairs.dot(grad, direction)
-        fun, slope, grad_norm = to_host(xp, value, slope, max_norm(xp, [grad]))
-        return Point(alpha, fun, slope, x, grad, grad_norm)
+        return pairs.look(alpha, x, value, flat.ravel(grads), before)
 
     def iterate(point: Point) -> Iterate:
         return Iterate(flat.split(point.x), point.fun, point.grad_norm, point.alpha)
@@ -220,8 +243,7 @@ def lbfgs(layout: Layout, start: list[Array], evaluate: Evaluate, *, memory: int
         if here.grad_norm == 0:
             yield Stop(True, "converged: the gradient is zero")
             return
-        direction = pairs.direction(here.grad)
-        (slope,) = to_host(xp, pairs.dot(here.grad, direction))
+        slope = pairs.turn(here)
         if pairs.used and not -math.inf < slope < 0:  # rounding has spoilt the memory: start afresh
             pairs.clear()
             continue
@@ -230,10 +252,10 @@ def lbfgs(layout: Layout, start: list[Array], evaluate: Evaluate, *, memory: int
             return
         here = here._replace(alpha=0.0, slope=slope)
 
-        def phi(alpha: float, here: Point = here, direction: Array = direction) -> Point:
-            x = xp.multiply(direction, alpha)
+        def phi(alpha: float, here: Point = here) -> Point:
+            x = xp.multiply(pairs.direction, alpha)
             x += here.x
-            return look(x.astype(flat.dtype, copy=False), alpha, direction)
+            return look(x.astype(flat.dtype, copy=False), alpha, here)
 
         # Without curvature the first step has no natural length: move by at most one unit.
         alpha = 1.0 if pairs.used else min(1.0, 1 / math.sqrt(-slope))
