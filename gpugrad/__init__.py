@@ -21,7 +21,18 @@ from gpugrad.errors import (
 from gpugrad.gradcheck import check_grads
 from gpugrad.objective import Objective
 from gpugrad.ops import linalg
-from gpugrad.ops.activation import elu, gelu, leaky_relu, log_sigmoid, relu, silu, softplus, swish
+from gpugrad.ops.activation import (
+    bias_relu,
+    bias_swish,
+    elu,
+    gelu,
+    leaky_relu,
+    log_sigmoid,
+    relu,
+    silu,
+    softplus,
+    swish,
+)
 from gpugrad.ops.create import asarray, tensor
 from gpugrad.ops.elementwise import (
     abs,
@@ -72,6 +83,7 @@ from gpugrad.ops.elementwise import (
 )
 from gpugrad.ops.index import repeat, take
 from gpugrad.ops.linalg import diagonal, einsum, matmul, outer, tensordot, trace, vecdot
+from gpugrad.ops.loss import logistic_loss, squared_error
 from gpugrad.ops.reduce import (
     all,
     any,
@@ -137,6 +149,8 @@ __all__ = [
     "astype",
     "atan",
     "atan2",
+    "bias_relu",
+    "bias_swish",
     "bilinear",
     "broadcast_to",
     "case",
@@ -181,6 +195,7 @@ __all__ = [
     "logical_and",
     "logical_not",
     "logical_or",
+    "logistic_loss",
     "logsumexp",
     "matmul",
     "matrix_transpose",
@@ -217,6 +232,7 @@ __all__ = [
     "softplus",
     "sqrt",
     "square",
+    "squared_error",
     "squeeze",
     "stack",
     "std",

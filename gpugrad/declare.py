@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gpugrad.op import Node, Op, make_function, refuse, register
+from gpugrad.op import Cuda, Node, Op, make_function, refuse, register
 
 Rule = Callable[..., Any]
 Function = Callable[..., Any]
@@ -47,6 +47,7 @@ def elementwise(
     doc: str,
     masks: bool | Callable[[Node], bool] = False,
     residual: tuple[Rule, Sequence[Rule]] | None = None,
+    cuda: Cuda | None = None,
 ) -> Callable[..., Any]:
     """Declare an op that works element by element, with broadcasting.
 
@@ -57,10 +58,11 @@ def elementwise(
     of its Node that tells whether it does.
     residual: (forward that returns (array, intermediate), partials that take the intermediate last), where a
     first-order sweep is cheaper so.
+    cuda: kernels for CUDA arrays; the formulas serve for all else and for higher orders.
     Raises ValueError for a name taken, or a number of partials that does not fit.
     """
     rules = (partials,) if callable(partials) or isinstance(partials, int) else tuple(partials)
-    return _declare(name, "elementwise", forward, doc, rules, domain, masks=masks, residual=residual)
+    return _declare(name, "elementwise", forward, doc, rules, domain, masks=masks, residual=residual, cuda=cuda)
 
 
 def linear(
@@ -129,6 +131,7 @@ def _declare(
     masks: bool | Callable[[Node], bool] = False,
     reason: str = "",
     residual: tuple[Rule, Sequence[Rule]] | None = None,
+    cuda: Cuda | None = None,
 ) -> Callable[..., Any]:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     arrays = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -143,6 +146,7 @@ def _declare(
     op = Op(name=name, kind=kind, forward=forward, doc=doc, domain=tuple(domain), outputs=outputs, variadic=variadic)
     op.masks = masks
     op.residual = None if residual is None else (residual[0], tuple(residual[1]))
+    op.cuda = cuda
     op.reason = reason
     if kind == "elementwise":
         op.partials = rules

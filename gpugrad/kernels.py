@@ -278,16 +278,21 @@ def _packable(*arrays: Array) -> bool:
     return all(a.flags.c_contiguous and not a.data.ptr % 16 for a in arrays)
 
 
-def _number(value: Any, wide: Any) -> bool:
-    """Tell whether a value goes to a kernel as one number: a number of the host, or a device array of one element."""
-    if isinstance(value, (int, float, numpy.floating)):
-        return not isinstance(value, numpy.floating) or value.dtype.itemsize <= wide.itemsize
-    return getattr(value, "size", 0) == 1 and value.dtype == wide
+def _number(value: Any, dtype: Any) -> bool:
+    """Tell whether a value goes to a kernel of data type `dtype` as one number, from the host or from the device."""
+    if isinstance(value, numpy.floating):
+        return value.dtype.itemsize <= dtype.itemsize  # else it widens the result, which is NumPy's rule
+    return isinstance(value, (int, float)) or (getattr(value, "size", 0) == 1 and value.dtype == WIDE[dtype])
 
 
 def _is_row(value: Any, x: Array) -> bool:
     """Tell whether an array is one value a column of x."""
     return bool(value.ndim == 1 <= x.ndim and value.shape[0] == x.shape[-1])
+
+
+def _broadcasts(value: Array, x: Array) -> bool:
+    """Tell whether an array broadcasts to the shape of x."""
+    return value.ndim <= x.ndim and all(n in (1, m) for n, m in zip(value.shape[::-1], x.shape[::-1], strict=False))
 
 
 def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any = None) -> Any:
@@ -308,14 +313,16 @@ def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any 
         values.append(row)
     if number is not None:
         if not backend.is_cuda_array(number):
-            if not _number(number, wide):
+            if not _number(number, dtype):
                 return None
             number = wide.type(number)
-        elif _number(number, wide):
+        elif _number(number, dtype):
             number = number.reshape(())
             form = "packed-at" if row is None else "strided"
         elif row is None and number.dtype == wide and _is_row(number, x):
             form = "packed-row"
+        elif row is None and number.dtype == wide and _broadcasts(number, x):
+            form = "strided"
         else:
             return None
         values.append(number)
@@ -442,7 +449,7 @@ def swish_backward_sum(g: Array, x: Array, beta: Any) -> Any:
     if fit is None:
         return None
     wide = WIDE[x.dtype]
-    if _number(beta, wide):
+    if _number(beta, x.dtype):
         given = (beta, wide.type(0), 0) if backend.is_cuda_array(beta) else (None, wide.type(beta), 0)
     elif backend.is_cuda_array(beta) and beta.dtype == wide and _is_row(beta, x):
         given = (backend.cupy().ascontiguousarray(beta), wide.type(0), 1)
@@ -467,7 +474,7 @@ def bias_swish_backward(g: Array, x: Array, b: Array, beta: Any) -> Any:
     if fit is None or not backend.is_cuda_array(b) or b.dtype != x.dtype or not _is_row(b, x):
         return None
     wide = WIDE[x.dtype]
-    if backend.is_cuda_array(beta) or not _number(beta, wide):
+    if backend.is_cuda_array(beta) or not _number(beta, x.dtype):
         return None
     b = backend.cupy().ascontiguousarray(b)
     return _summed("bias_swish", fit[:2], (b, wide.type(beta)), *fit[2:], one=False)

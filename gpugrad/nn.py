@@ -9,7 +9,7 @@ import numpy
 
 from gpugrad import backend
 from gpugrad.errors import ShapeMismatch
-from gpugrad.ops.activation import swish
+from gpugrad.ops.activation import bias_relu, bias_swish, relu, silu, swish
 
 Params = list[dict[str, Any]]
 
@@ -37,8 +37,24 @@ def init_mlp(sizes: Sequence[int], *, seed: int = 0, dtype: Any = numpy.float32,
     return params
 
 
+# Activations that take the bias along: one pass over the layer forward, one backward that sums the bias gradient too.
+_WITH_BIAS: dict[Callable[[Any], Any], Callable[[Any, Any], Any]] = {
+    relu: bias_relu,
+    swish: bias_swish,
+    silu: bias_swish,
+}
+
+
+def dense(X: Any, W: Any, b: Any, activation: Callable[[Any], Any] | None = None) -> Any:  # matrices
+    """Apply a dense layer, activation(X @ W + b): (rows, inputs), (inputs, outputs), (outputs,) -> (rows, outputs)."""
+    if activation is None:
+        return X @ W + b
+    fused = _WITH_BIAS.get(activation)
+    return activation(X @ W + b) if fused is None else fused(X @ W, b)
+
+
 def mlp(params: Params, X: Any, activation: Callable[[Any], Any] = swish) -> Any:  # a matrix
     """Apply a multilayer perceptron: (rows, inputs) -> (rows, outputs). No activation after the last layer."""
     for layer in params[:-1]:
-        X = activation(X @ layer["W"] + layer["b"])
-    return X @ params[-1]["W"] + params[-1]["b"]
+        X = dense(X, layer["W"], layer["b"], activation)
+    return dense(X, params[-1]["W"], params[-1]["b"])

@@ -39,13 +39,27 @@ class Aval(NamedTuple):
         return len(self.shape)
 
 
+class Cuda(NamedTuple):
+    """Kernels of an elementwise op for CUDA arrays; each returns None for arguments it does not take.
+
+    forward(*arrays) -> array. residual(*arrays) -> (array, intermediate), for a recorded call.
+    backward(wanted, g, y, *arrays, *intermediate) -> a cotangent an argument where `wanted` says so. Without it the
+    op's partials take the intermediate.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    residual: Callable[..., Any] | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Op:
     """One operation. Made by the five declarations of `gpugrad.declare`; read by tape, tests, docs and benchmarks.
 
     `partials` (elementwise) or `vjps` (other kinds) hold one rule an array argument; `needs[i]` tells which values rule
     i keeps: 0 is the output, k the k-th argument, -1 all arguments. `residual`, where an elementwise op has it, is a
-    forward that also returns an intermediate, and partials that take it last: a cheaper first-order sweep.
+    forward that also returns an intermediate, and partials that take it last: a cheaper first-order sweep. `cuda`:
+    kernels that take the place of these formulas on CUDA arrays.
     """
 
     name: str
@@ -61,6 +75,7 @@ class Op:
     domain: Any = None
     reason: str = ""
     residual: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+    cuda: Cuda | None = None
     function: Callable[..., Any] = field(init=False, repr=False)
 
 
@@ -242,19 +257,25 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
     if op.kind != "elementwise":  # its formulas ask for shapes
         values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on
-    forward = op.residual[0] if op.residual is not None and tracked else op.forward
+    on_cuda = where.kind == "cuda"
+    keeps = tracked and op.residual is not None and not (on_cuda and op.cuda is not None)
+    forward = op.residual[0] if keeps else op.forward  # type: ignore[index]  # keeps: there is one
+    kept: list[Any] = []
     try:
-        if where.kind == "cpu":
+        if not on_cuda:
             out = forward(xp, *values, **params)
         else:
             with backend.activate(where):
-                out = forward(xp, *values, **params)
+                out = None
+                if op.cuda is not None and not params:
+                    out, kept = _by_kernels(op.cuda, tracked, values)
+                if out is None:
+                    out = forward(xp, *values, **params)
     except ValueError as error:
         raise _named(op, values, error) from None
     if not boxed:
         return out
-    kept: list[Any] = []
-    if forward is not op.forward:
+    if keeps:
         out, *kept = out
     results = (out,) if op.outputs == 1 else tuple(out)
     shared = [any(external) and _may_share(part, values) for part in results]
@@ -270,6 +291,15 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
         box(part, None if node is None else output_node(node, i, part), is_shared)
         for i, (part, is_shared) in enumerate(zip(results, shared, strict=True))
     )
+
+
+def _by_kernels(cuda: Cuda, tracked: bool, values: list[Any]) -> tuple[Any, list[Any]]:
+    """Return what an op's kernels compute, None if they do not take these values, and what backward is to have."""
+    if tracked and cuda.residual is not None:
+        found = cuda.residual(*values)
+        if found is not None:
+            return found[0], list(found[1:])
+    return cuda.forward(*values), []
 
 
 def _may_share(part: Array, values: list[Any]) -> bool:

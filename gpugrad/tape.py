@@ -129,33 +129,43 @@ def sweep(
                     raise _freed()
                 if node.guard is not None:
                     verify(node)
-                partials = op.partials
-                if create:
-                    saved = _linked(node)
-                elif op.residual is not None:
-                    partials = op.residual[1]
-                if node.dtype == _HALF:  # float16 is read as such, computed in float32 and rounded once
-                    saved = _widened(saved)
-                    if op.outputs == 1:
-                        g = g.astype(_SINGLE)
                 parents = node.parents
                 params = node.params
+                partials = op.partials
+                parts = None
+                if node.dtype == _HALF and op.outputs == 1:  # read as float16, computed in float32 and rounded once
+                    g = g.astype(_SINGLE)
+                if create:
+                    saved = _linked(node)
+                elif op.cuda is not None and backend.is_cuda_array(g):
+                    partials, parts = _by_kernels(node, g, useful)
+                    saved = saved[: len(parents) + 1] if partials is op.partials else saved
+                elif op.residual is not None:
+                    partials = op.residual[1]
+                if node.dtype == _HALF:
+                    saved = _widened(saved)
                 in_mask = bool(masked) and node in masked
                 if in_mask or (op.masks and (op.masks is True or op.masks(node))):
                     masked.update(p for p in parents if p is not None)
+                latest = product = None
                 for i, parent in enumerate(parents):
                     if parent is None or (useful is not None and parent not in useful):
                         continue
-                    if partials is not None:
-                        partial = partials[i]
-                        if partial.__class__ is int:
-                            gi = g if partial == 1 else -g if partial == -1 else g * partial
+                    if parts is not None:
+                        gi = parts[i]
+                    elif partials is not None:
+                        rule = partials[i]
+                        if rule.__class__ is int:
+                            gi = g if rule == 1 else -g if rule == -1 else g * rule
+                        elif rule is latest:  # one slope for several arguments, as in activation(x + b)
+                            gi = product
                         else:
-                            partial = partial(*saved, **params) if params else partial(*saved)
+                            latest = rule
+                            partial = rule(*saved, **params) if params else rule(*saved)
                             if getattr(partial, "dtype", None) == _BOOL:
-                                gi = _selected(g, partial)
+                                product = gi = _selected(g, partial)
                             else:
-                                gi = _masked_product(g, partial) if in_mask else g * partial
+                                product = gi = _masked_product(g, partial) if in_mask else g * partial
                     elif op.variadic:
                         gi = op.vjps[0](i, g, *saved, **params)
                     else:
@@ -173,6 +183,19 @@ def sweep(
     finally:
         recording.on = recorded
     return results
+
+
+def _by_kernels(node: Node, g: Any, useful: set[Node] | None) -> tuple[Any, Any]:
+    """Return the partials that fit what a node on CUDA saved, and the cotangents from its kernels, None if none."""
+    op = node.op
+    assert op is not None
+    assert op.cuda is not None
+    assert node.saved is not None
+    if op.cuda.backward is None:
+        kept = len(node.saved) > len(node.parents) + 1
+        return op.residual[1] if kept and op.residual is not None else op.partials, None
+    wanted = tuple(p is not None and (useful is None or p in useful) for p in node.parents)
+    return op.partials, op.cuda.backward(wanted, g, *node.saved)
 
 
 def _where(outputs: Sequence[tuple[Node, Any]]) -> backend.Device:

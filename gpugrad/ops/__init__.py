@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from gpugrad import backend
-from gpugrad.ops import activation, create, elementwise, index, linalg, reduce, shape, special
+from gpugrad.ops import activation, create, elementwise, index, linalg, loss, reduce, shape, special
 from gpugrad.tensor import Tensor
 
-__all__ = ["activation", "create", "elementwise", "index", "linalg", "reduce", "shape", "special"]
+__all__ = ["activation", "create", "elementwise", "index", "linalg", "loss", "reduce", "shape", "special"]
 
 
 def _reflected(function: Callable[..., Any]) -> Callable[..., Any]:

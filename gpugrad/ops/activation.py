@@ -1,5 +1,7 @@
 """Activation functions: ReLU, Swish and their relatives, in forms that neither overflow nor lose the tails.
 
+ReLU and Swish, alone and with a bias, have CUDA kernels of their own (`gpugrad.kernels`).
+
 z = beta*x, t = exp(-|z|), s = sigmoid(z) = (z >= 0 ? 1 : t) / (1 + t), c = sigmoid(-z). One exponential gives both
 tails to full relative accuracy; 1 - s would lose every digit of c. Swish: Ramachandran, Zoph & Le 2017; SiLU and
 GELU: Hendrycks & Gimpel 2016; ELU: Clevert et al. 2015.
@@ -10,26 +12,50 @@ from typing import Any
 
 import numpy
 
+from gpugrad import kernels
 from gpugrad.declare import elementwise
+from gpugrad.op import Cuda
 from gpugrad.ops.elementwise import exp, in_float32, sigmoid, where
 from gpugrad.ops.special import ndtr
 
 INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
+
+def _relu_cuda(_wanted: Any, g: Any, y: Any, _x: Any) -> Any:
+    dx = kernels.relu_backward(g, y)
+    return None if dx is None else (dx,)
+
+
 relu = elementwise(
     "relu",
     forward=lambda xp, x: xp.maximum(x, 0),
-    partials=lambda _y, x: x > 0,
+    partials=lambda y, _x: y > 0,
     domain=[(0.1, 3)],
     masks=True,
+    cuda=Cuda(kernels.relu, _relu_cuda),
     doc="max(x, 0); NaN for NaN. Slope 0 at 0.",
+)
+
+
+def _bias_relu_slope(y: Any, _x: Any, _b: Any) -> Any:
+    return y > 0
+
+
+bias_relu = elementwise(
+    "bias_relu",
+    forward=in_float32(lambda xp, x, b: xp.maximum(x + b, 0)),
+    partials=(_bias_relu_slope, _bias_relu_slope),
+    domain=[(0.1, 2), (0.1, 2)],
+    masks=True,
+    cuda=Cuda(kernels.bias_relu, lambda _wanted, g, y, _x, _b: kernels.bias_relu_backward(g, y)),
+    doc="relu(x + b): a dense layer after its product, (rows, columns), (columns,) -> (rows, columns).",
 )
 
 
 def _swish_forward(xp: Any, x: Any, beta: Any) -> Any:
     z = beta * x
-    # x*s at x = -inf is -inf*0; the limit is -0
-    return xp.where(x == -math.inf, z.dtype.type(-0.0), x) * _s(xp, z)
+    # where z is -inf, x*s would be inf*0; the limit is 0 with the sign of x
+    return xp.where(z == -math.inf, xp.copysign(z.dtype.type(0), x), x) * _s(xp, z)
 
 
 def _s(xp: Any, z: Any) -> Any:
@@ -75,6 +101,36 @@ def _swish_dbeta(_y: Any, x: Any, beta: Any) -> Any:
     return (x * sigmoid(z)) * (x * sigmoid(-z))
 
 
+def _beta_for(x: Any, beta: Any) -> Any:
+    """Return beta as kernels take it; None if it would widen the result."""
+    if x.dtype != numpy.float16 or not hasattr(beta, "dtype"):
+        return beta
+    return beta.astype(numpy.float32) if beta.dtype == numpy.float16 else None
+
+
+def _swish_cuda(x: Any, beta: Any) -> Any:
+    beta = _beta_for(x, beta)
+    return None if beta is None else kernels.swish(x, beta)
+
+
+def _swish_cuda_kept(x: Any, beta: Any) -> Any:
+    # Only where the exponential costs more than the memory it saves: float64 runs at 1/64 of the rate on most GPUs.
+    return kernels.swish_keep(x, beta) if x.dtype == numpy.float64 and not hasattr(beta, "dtype") else None
+
+
+def _swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, beta: Any, *kept: Any) -> Any:
+    if kept:
+        dx = kernels.swish_backward_kept(g, x, *kept, beta)
+        return None if dx is None else (dx, None)
+    beta = _beta_for(x, beta)
+    if beta is None:
+        return None
+    if wanted[1]:
+        return kernels.swish_backward_sum(g, x, beta) or kernels.swish_backward_both(g, x, beta)
+    dx = kernels.swish_backward(g, x, beta)
+    return None if dx is None else (dx, None)
+
+
 swish = elementwise(
     "swish",
     forward=in_float32(lambda xp, x, beta=1.0: _swish_forward(xp, x, beta)),
@@ -84,8 +140,44 @@ swish = elementwise(
         (lambda _y, _x, _beta, slope: slope, lambda y, x, beta, _slope: _swish_dbeta(y, x, beta)),
     ),
     domain=[(-4, 4), (0.3, 2)],
+    cuda=Cuda(_swish_cuda, _swish_cuda_backward, _swish_cuda_kept),
     doc="x * sigmoid(beta * x); beta a number or an array that broadcasts, differentiable too.",
 )
+
+
+def _bias_swish_slope(_y: Any, x: Any, b: Any, beta: Any) -> Any:
+    return _swish_dx(None, x + b, beta)
+
+
+def _bias_swish_dbeta(_y: Any, x: Any, b: Any, beta: Any) -> Any:
+    return _swish_dbeta(None, x + b, beta)
+
+
+def _kept_slope(_y: Any, _x: Any, _b: Any, _beta: Any, slope: Any) -> Any:
+    return slope
+
+
+bias_swish = elementwise(
+    "bias_swish",
+    forward=in_float32(lambda xp, x, b, beta=1.0: _swish_forward(xp, x + b, beta)),
+    partials=(_bias_swish_slope, _bias_swish_slope, _bias_swish_dbeta),
+    residual=(
+        in_float32(lambda xp, x, b, beta: _swish_kept(xp, x + b, beta)),
+        (_kept_slope, _kept_slope, lambda y, x, b, beta, _slope: _bias_swish_dbeta(y, x, b, beta)),
+    ),
+    domain=[(-2, 2), (-2, 2), (0.3, 2)],
+    cuda=Cuda(
+        lambda x, b, beta: (
+            None if x.dtype == numpy.float16 and hasattr(beta, "dtype") else kernels.bias_swish(x, b, beta)
+        ),
+        lambda wanted, g, _y, x, b, beta: None if wanted[2] else _with_beta(kernels.bias_swish_backward(g, x, b, beta)),
+    ),
+    doc="swish(x + b, beta): a dense layer after its product, (rows, columns), (columns,) -> (rows, columns).",
+)
+
+
+def _with_beta(found: Any) -> Any:
+    return None if found is None else (*found, None)
 
 
 def silu(x: Any, /) -> Any:
