@@ -33,7 +33,7 @@ ROWS_A_THREAD = 16
 
 HALF, SINGLE, DOUBLE = numpy.dtype("float16"), numpy.dtype("float32"), numpy.dtype("float64")
 DTYPES = (HALF, SINGLE, DOUBLE)
-WIDE = {HALF: SINGLE, SINGLE: SINGLE, DOUBLE: DOUBLE}  # what each is computed in
+WIDE: dict[Any, Any] = {HALF: SINGLE, SINGLE: SINGLE, DOUBLE: DOUBLE}  # what each is computed in
 _CUDA = {HALF: "__half", SINGLE: "float", DOUBLE: "double"}
 
 
@@ -281,8 +281,8 @@ def _packable(*arrays: Array) -> bool:
 def _number(value: Any, dtype: Any) -> bool:
     """Tell whether a value goes to a kernel of data type `dtype` as one number, from the host or from the device."""
     if isinstance(value, numpy.floating):
-        return value.dtype.itemsize <= dtype.itemsize  # else it widens the result, which is NumPy's rule
-    return isinstance(value, (int, float)) or (getattr(value, "size", 0) == 1 and value.dtype == WIDE[dtype])
+        return bool(value.dtype.itemsize <= dtype.itemsize)  # else it widens the result, which is NumPy's rule
+    return isinstance(value, (int, float)) or bool(getattr(value, "size", 0) == 1 and value.dtype == WIDE[dtype])
 
 
 def _is_row(value: Any, x: Array) -> bool:

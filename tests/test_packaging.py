@@ -44,7 +44,7 @@ def test_every_package_is_listed():
 
 def test_extras():
     users = {"autograd", "bench", "cuda12", "cuda13", "cuda13-local", "data", "jax", "plot", "torch"}
-    assert set(EXTRAS) == users | {"dev", "test"}
+    assert set(EXTRAS) == users | {"dev", "kernels", "test"}
     named = {
         extra
         for requirements in EXTRAS.values()

@@ -120,7 +120,7 @@ def _swish_cuda_kept(x: Any, beta: Any) -> Any:
 
 def _swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, beta: Any, *kept: Any) -> Any:
     if kept:
-        dx = kernels.swish_backward_kept(g, x, *kept, beta)
+        dx = kernels.swish_backward_kept(g, x, kept[0], beta)
         return None if dx is None else (dx, None)
     beta = _beta_for(x, beta)
     if beta is None:
