@@ -20,7 +20,6 @@ from gpugrad.tensor import Tensor
 
 Host = np.ndarray[Any, Any]
 HALF, SINGLE, DOUBLE = np.dtype("float16"), np.dtype("float32"), np.dtype("float64")
-MISSES_SHOWN = 40
 
 
 @dataclass
