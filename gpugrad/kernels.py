@@ -278,11 +278,13 @@ def _packable(*arrays: Array) -> bool:
     return all(a.flags.c_contiguous and not a.data.ptr % 16 for a in arrays)
 
 
-def _number(value: Any, dtype: Any) -> bool:
-    """Tell whether a value goes to a kernel of data type `dtype` as one number, from the host or from the device."""
+def _number(value: Any, x: Array) -> bool:
+    """Tell whether a value goes to a kernel on x as one number, from the host or from the device."""
     if isinstance(value, numpy.floating):
-        return bool(value.dtype.itemsize <= dtype.itemsize)  # else it widens the result, which is NumPy's rule
-    return isinstance(value, (int, float)) or bool(getattr(value, "size", 0) == 1 and value.dtype == WIDE[dtype])
+        return bool(value.dtype.itemsize <= x.dtype.itemsize)  # else it widens the result, which is NumPy's rule
+    if isinstance(value, (int, float)):
+        return True
+    return bool(value.size == 1 and value.ndim <= x.ndim and value.dtype == WIDE[x.dtype])
 
 
 def _is_row(value: Any, x: Array) -> bool:
@@ -313,10 +315,10 @@ def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any 
         values.append(row)
     if number is not None:
         if not backend.is_cuda_array(number):
-            if not _number(number, dtype):
+            if not _number(number, x):
                 return None
             number = wide.type(number)
-        elif _number(number, dtype):
+        elif _number(number, x):
             number = number.reshape(())
             form = "packed-at" if row is None else "strided"
         elif row is None and number.dtype == wide and _is_row(number, x):
@@ -449,7 +451,7 @@ def swish_backward_sum(g: Array, x: Array, beta: Any) -> Any:
     if fit is None:
         return None
     wide = WIDE[x.dtype]
-    if _number(beta, x.dtype):
+    if _number(beta, x):
         given = (beta, wide.type(0), 0) if backend.is_cuda_array(beta) else (None, wide.type(beta), 0)
     elif backend.is_cuda_array(beta) and beta.dtype == wide and _is_row(beta, x):
         given = (backend.cupy().ascontiguousarray(beta), wide.type(0), 1)
@@ -474,7 +476,7 @@ def bias_swish_backward(g: Array, x: Array, b: Array, beta: Any) -> Any:
     if fit is None or not backend.is_cuda_array(b) or b.dtype != x.dtype or not _is_row(b, x):
         return None
     wide = WIDE[x.dtype]
-    if backend.is_cuda_array(beta) or not _number(beta, x.dtype):
+    if backend.is_cuda_array(beta) or not _number(beta, x):
         return None
     b = backend.cupy().ascontiguousarray(b)
     return _summed("bias_swish", fit[:2], (b, wide.type(beta)), *fit[2:], one=False)
