@@ -422,7 +422,7 @@ class _Training:
     def _loss(self, params: Layers, X: Any, y: Any) -> Any:
         layers = params if self.plan.hidden else self._unscaled(params)
         activation = ACTIVATIONS[self.plan.activation] if self.plan.activation else gg.swish
-        return gg.square(gg.nn.mlp(layers, X, activation)[:, 0] - y)
+        return gg.squared_error(gg.nn.mlp(layers, X, activation)[:, 0], y)
 
     def _unscaled(self, params: Layers) -> Layers:
         """The linear model on the columns as they are, from that on columns of mean 0 and deviation 1."""
