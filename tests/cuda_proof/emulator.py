@@ -57,6 +57,7 @@ OPTIONS = [
 WAITS = re.compile(r"__syncthreads|__syncwarp|__shfl|__ballot|__any_sync|__all_sync|__activemask")
 
 
+DOUBLE = re.compile(r"(?:\busing\s+T\s*=|^\s*#\s*define\s+\w*T)\s*double\b", re.MULTILINE)
 DYNAMIC = re.compile(
     r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\s*\w+\s*\)\s*)?([\w:]+(?:\s+[\w:]+)*)\s+(\w+)\s*\[\s*\]\s*;"
 )
@@ -109,13 +110,6 @@ def _include_options() -> tuple[str, ...]:
 
 
 @functools.cache
-def _cuda_version() -> tuple[int, int]:
-    from cupy_backends.cuda.libs import nvrtc
-
-    return nvrtc.getVersion()
-
-
-@functools.cache
 def _host_options() -> tuple[str, ...]:
     """Return what depends on the machine: multiply-adds in one instruction, where the processor has it."""
     try:
@@ -140,9 +134,8 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _flags() -> list[str]:
-    major, minor = _cuda_version()
-    versions = [f"-D__CUDACC_VER_MAJOR__={major}", f"-D__CUDACC_VER_MINOR__={minor}"]
-    return [*OPTIONS, *_host_options(), f"-I{HERE}", *_include_options(), *versions]
+    version = private("cupy_backends.cuda.api.driver", "get_build_version")() // 1000
+    return [*OPTIONS, *_host_options(), f"-I{HERE}", *_include_options(), f"-D__CUDACC_VER_MAJOR__={version}"]
 
 
 def _hash(*parts: str) -> str:
@@ -212,7 +205,7 @@ class _Compiled:
         self.sizes, self.kinds = list(sizes[:number]), kinds.raw[:number].decode()
 
     def launch(self, grid, block, values, *, shared, flush, reverse, worst, blocks) -> None:
-        """Launch with the bytes of each argument; ValueError if they do not fit, KernelFault if the kernel is at fault."""
+        """Launch with the bytes of each argument; ValueError if they do not fit, KernelFault if the kernel fails."""
         if [len(v) for v in values] != self.sizes:
             raise ValueError(
                 f"{self.name}: the arguments have {[len(v) for v in values]} bytes, the parameters {self.sizes}; "
@@ -261,10 +254,10 @@ class _Argument:
 
 
 def _contiguous(shape, strides, itemsize: int) -> bool:
-    """C order, where an axis of length 1 may have any stride."""
+    """Tell C order, where an axis of length 1 may have any stride, and nothing is always in order."""
+    if 0 in shape:
+        return True
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if length == 0:
-            return True
         if length != 1 and stride != itemsize:
             return False
         itemsize *= length
@@ -468,7 +461,7 @@ def _compiled_raw(source: str, name: str, options: tuple[str, ...]) -> _Compiled
     if re.search(r"extern\s+__shared__", text):
         raise NotImplementedError(f"{name}: this form of `extern __shared__` is not known to the emulator")
     # Without linkage no function's shared memory is merged with another's, which g++ refuses in a section of its own.
-    return _Compiled(includes, f"namespace {{ {text}\n}}", name, options)
+    return _Compiled(includes, f'namespace {{\n#line 1 "{name}.cu"\n{text}\n}}', name, options)
 
 
 def _value(a) -> tuple[bytes, str]:
@@ -501,8 +494,8 @@ def run_raw(
     shared_mem
         Bytes of dynamic shared memory, at most 48 KiB.
     flush
-        Whether float32 subnormals count as zero; by default unless an argument is float64 or the text has
-        `using T = double`.
+        Whether float32 subnormals count as zero; by default unless the text says that its type is double, as in
+        `using T = double` or `#define MINE_T double`.
     blocks
         (first, stop): run these blocks of the grid only, in linear order.
 
@@ -529,8 +522,7 @@ def run_raw(
             words = {"p": "an array", "f": "a floating point number", "i": "an integer", "s": "a structure"}
             raise ValueError(f"{name}: argument {i} is {words[kind]}, the parameter wants {words[wanted]}")
     if flush is None:
-        double = any(isinstance(a, (np.ndarray, np.generic)) and a.dtype == np.float64 for a in args)
-        flush = not double and not re.search(r"\busing\s+T\s*=\s*double\b", source)
+        flush = not DOUBLE.search(source)
     rules = {"flush": flush, "reverse": reverse, "worst": worst, "blocks": blocks}
     compiled.launch(grid, block, [v for v, _ in values], shared=int(shared_mem), **rules)
 
