@@ -82,6 +82,14 @@ def test_importing_and_computing_does_not_import_cupy():
     assert done.stdout.strip() == "False"
 
 
+def test_auto_warns_once_where_a_gpu_is_expected(no_cupy, monkeypatch):
+    monkeypatch.setenv("GPUGRAD_EXPECT_GPU", "1")
+    backend._warn_of_fallback.cache_clear()
+    with pytest.warns(RuntimeWarning, match="computing on the CPU") as caught:
+        assert backend.as_device("auto") == backend.as_device("auto") == "cpu"
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("spec", ["gpu", "tpu:0", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "CPU", "", "cuda:1.5", 0])
 def test_unknown_device_strings(spec):
     with pytest.raises(ValueError, match=r"unknown device .*expected 'auto', 'cpu', 'cuda' or 'cuda:N'"):
@@ -467,7 +475,7 @@ def run_marked(tmp_path, mark, **environment):
     for missing in ("cupy", "torch"):
         (tmp_path / missing).mkdir()
         (tmp_path / missing / "__init__.py").write_text(f"raise ImportError('no {missing} here')\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPUGRAD", "PYTEST"))}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rsf", "-p", "no:cacheprovider", str(tmp_path)],
