@@ -330,12 +330,17 @@ def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any 
         values.append(number)
     kernel = Kernel(name, form, dtype)
     whole = form != "packed-row" or x.shape[-1] % kernel.pack == 0
-    packable = form != "strided" and x.size and whole and _packable(*(v for v in values if backend.is_cuda_array(v)))
+    packable = (
+        form != "strided"
+        and x.ndim
+        and x.size
+        and whole
+        and _packable(*(v for v in values if backend.is_cuda_array(v)))
+    )
     if not packable:
         return Kernel(name, "strided", dtype).object()(*values)
     outputs = [backend.cupy().empty(x.shape, dtype=d) for _, d in _typed(spec.outputs, dtype)]
-    width = x.shape[-1] if x.ndim else 1
-    kernel.object()(*values, width, x.size, *outputs, size=-(-x.size // kernel.pack))
+    kernel.object()(*values, x.shape[-1], x.size, *outputs, size=-(-x.size // kernel.pack))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

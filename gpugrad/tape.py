@@ -194,7 +194,7 @@ def _by_kernels(node: Node, g: Any, useful: set[Node] | None) -> tuple[Any, Any]
     if op.cuda.backward is None:
         kept = len(node.saved) > len(node.parents) + 1
         return op.residual[1] if kept and op.residual is not None else op.partials, None
-    wanted = tuple(p is not None and (useful is None or p in useful) for p in node.parents)
+    wanted = tuple(None if p is None or not (useful is None or p in useful) else p.shape for p in node.parents)
     return op.partials, op.cuda.backward(wanted, g, *node.saved)
 
 

@@ -37,6 +37,13 @@ relu = elementwise(
 )
 
 
+def _bias_relu_cuda(wanted: Any, g: Any, y: Any, _x: Any, _b: Any) -> Any:
+    if wanted[1] is None:
+        dx = kernels.relu_backward(g, y)
+        return None if dx is None else (dx, None)
+    return kernels.bias_relu_backward(g, y) if wanted[1] == y.shape[-1:] else None
+
+
 def _bias_relu_slope(y: Any, _x: Any, _b: Any) -> Any:
     return y > 0
 
@@ -47,7 +54,7 @@ bias_relu = elementwise(
     partials=(_bias_relu_slope, _bias_relu_slope),
     domain=[(0.1, 2), (0.1, 2)],
     masks=True,
-    cuda=Cuda(kernels.bias_relu, lambda _wanted, g, y, _x, _b: kernels.bias_relu_backward(g, y)),
+    cuda=Cuda(kernels.bias_relu, _bias_relu_cuda),
     doc="relu(x + b): a dense layer after its product, (rows, columns), (columns,) -> (rows, columns).",
 )
 
@@ -101,9 +108,13 @@ def _swish_dbeta(_y: Any, x: Any, beta: Any) -> Any:
     return (x * sigmoid(z)) * (x * sigmoid(-z))
 
 
+def _dtype(x: Any) -> Any:
+    return getattr(x, "dtype", None)
+
+
 def _beta_for(x: Any, beta: Any) -> Any:
     """Return beta as kernels take it; None if it would widen the result."""
-    if x.dtype != numpy.float16 or not hasattr(beta, "dtype"):
+    if _dtype(x) != numpy.float16 or not hasattr(beta, "dtype"):
         return beta
     return beta.astype(numpy.float32) if beta.dtype == numpy.float16 else None
 
@@ -115,7 +126,7 @@ def _swish_cuda(x: Any, beta: Any) -> Any:
 
 def _swish_cuda_kept(x: Any, beta: Any) -> Any:
     # Only where the exponential costs more than the memory it saves: float64 runs at 1/64 of the rate on most GPUs.
-    return kernels.swish_keep(x, beta) if x.dtype == numpy.float64 and not hasattr(beta, "dtype") else None
+    return kernels.swish_keep(x, beta) if _dtype(x) == numpy.float64 and not hasattr(beta, "dtype") else None
 
 
 def _swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, beta: Any, *kept: Any) -> Any:
@@ -125,7 +136,7 @@ def _swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, beta: Any, *kept:
     beta = _beta_for(x, beta)
     if beta is None:
         return None
-    if wanted[1]:
+    if wanted[1] is not None:
         return kernels.swish_backward_sum(g, x, beta) or kernels.swish_backward_both(g, x, beta)
     dx = kernels.swish_backward(g, x, beta)
     return None if dx is None else (dx, None)
@@ -157,6 +168,15 @@ def _kept_slope(_y: Any, _x: Any, _b: Any, _beta: Any, slope: Any) -> Any:
     return slope
 
 
+def _bias_swish_cuda(x: Any, b: Any, beta: Any) -> Any:
+    return None if _dtype(x) == numpy.float16 and hasattr(beta, "dtype") else kernels.bias_swish(x, b, beta)
+
+
+def _bias_swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, b: Any, beta: Any) -> Any:
+    found = None if wanted[2] is not None else kernels.bias_swish_backward(g, x, b, beta)
+    return None if found is None else (*found, None)
+
+
 bias_swish = elementwise(
     "bias_swish",
     forward=in_float32(lambda xp, x, b, beta=1.0: _swish_forward(xp, x + b, beta)),
@@ -166,18 +186,9 @@ bias_swish = elementwise(
         (_kept_slope, _kept_slope, lambda y, x, b, beta, _slope: _bias_swish_dbeta(y, x, b, beta)),
     ),
     domain=[(-2, 2), (-2, 2), (0.3, 2)],
-    cuda=Cuda(
-        lambda x, b, beta: (
-            None if x.dtype == numpy.float16 and hasattr(beta, "dtype") else kernels.bias_swish(x, b, beta)
-        ),
-        lambda wanted, g, _y, x, b, beta: None if wanted[2] else _with_beta(kernels.bias_swish_backward(g, x, b, beta)),
-    ),
+    cuda=Cuda(_bias_swish_cuda, _bias_swish_cuda_backward),
     doc="swish(x + b, beta): a dense layer after its product, (rows, columns), (columns,) -> (rows, columns).",
 )
-
-
-def _with_beta(found: Any) -> Any:
-    return None if found is None else (*found, None)
 
 
 def silu(x: Any, /) -> Any:

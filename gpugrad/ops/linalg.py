@@ -317,7 +317,8 @@ def positive_definite(x: Any) -> Any:
 
 def well_conditioned(x: Any) -> Any:
     """Map any square matrices to invertible ones with distinct singular values (for the tests' domains)."""
-    return x + _eye(x) * (3.0 + 2.0 * numpy.arange(x.shape[-1]))
+    eye = _eye(x)
+    return x + eye * (1.0 + 2.0 * eye.cumsum(axis=0).sum(axis=0)[::-1])
 
 
 def _eye(x: Any) -> Any:
