@@ -5,8 +5,10 @@ devices unless it was asked to by name (`to_device`, or `asarray` with a device)
 """
 
 import functools
+import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -100,7 +102,8 @@ def cuda_problem() -> str | None:
 def as_device(spec: str | None) -> Device:
     """Turn ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or None (the default device) into a Device that is there.
 
-    ``"auto"`` is a GPU if there is one, else the CPU; ``"cuda"`` is CuPy's current device.
+    ``"auto"`` is a GPU if there is one, else the CPU (with a RuntimeWarning, once, where GPUGRAD_EXPECT_GPU=1);
+    ``"cuda"`` is CuPy's current device.
     Raises ValueError for another string, DeviceUnavailable for a device that is not there.
     """
     if spec is None:
@@ -108,7 +111,12 @@ def as_device(spec: str | None) -> Device:
     if spec == "cpu":
         return CPU
     if spec == "auto":
-        return CPU if cuda_problem() else as_device("cuda")
+        problem = cuda_problem()
+        if problem is None:
+            return as_device("cuda")
+        if os.environ.get("GPUGRAD_EXPECT_GPU") == "1":
+            _warn_of_fallback(problem)
+        return CPU
     kind, _, number = str(spec).partition(":")
     if not isinstance(spec, str) or kind != "cuda" or (":" in spec and not number.isdecimal()):
         raise ValueError(f"unknown device {spec!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
@@ -121,6 +129,11 @@ def as_device(spec: str | None) -> Device:
     if index >= count:
         raise DeviceUnavailable(f"device 'cuda:{index}' is not there: the driver lists {count} GPU(s), cuda:0 onwards")
     return Device(f"cuda:{index}")
+
+
+@functools.cache  # once a process for each reason
+def _warn_of_fallback(problem: str) -> None:
+    warnings.warn(f"no GPU, computing on the CPU: {problem}", RuntimeWarning, stacklevel=3)
 
 
 def get_device() -> Device:
@@ -249,6 +262,63 @@ def to_device(array: Array, where: Device) -> Array:
         return cupy().asnumpy(array)
     with activate(where):
         return cupy().asarray(array)
+
+
+def fetch(xp: Namespace, *values: Any) -> list[Any]:
+    """Return numbers and arrays as float64 on the host, all in one transfer; what NumPy has, as it is."""
+    if xp is numpy:
+        return list(values)
+    arrays = [xp.asarray(value, dtype=xp.float64) for value in values]
+    flat = to_device(xp.concat([array.reshape(-1) for array in arrays]), CPU)
+    ends = numpy.cumsum([array.size for array in arrays])[:-1]
+    return [part.reshape(array.shape) for part, array in zip(numpy.split(flat, ends), arrays, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ memory of a GPU
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that a GPU's memory is full, from CuPy's pool or a library below it."""
+    module = _loaded_cupy()
+    if module is None:
+        return False
+    return isinstance(error, module.cuda.memory.OutOfMemoryError) or (
+        type(error).__name__ in ("CUDARuntimeError", "CUBLASError")
+        and any(sign in str(error) for sign in ("cudaErrorMemoryAllocation", "ALLOC_FAILED"))
+    )
+
+
+def memory(where: Device) -> tuple[int, int]:
+    """Return the bytes of a GPU's memory that CuPy can still hand out, and those there are in all."""
+    module = cupy()
+    with activate(where):
+        free, total = module.cuda.runtime.memGetInfo()
+        pool = module.get_default_memory_pool()
+        free += pool.free_bytes()
+        limit = pool.get_limit()
+        if limit:
+            free, total = min(free, limit - pool.used_bytes()), min(total, limit)
+    return max(int(free), 0), int(total)
+
+
+def release_memory(where: Device) -> None:
+    """Give back to a GPU what CuPy's pool keeps of its memory for later."""
+    with activate(where):
+        cupy().get_default_memory_pool().free_all_blocks()
+
+
+def release_pinned() -> None:
+    """Give back to the system what CuPy's pool keeps of pinned memory for later."""
+    cupy().get_default_pinned_memory_pool().free_all_blocks()
+
+
+def empty_pinned(shape: tuple[int, ...], dtype: Any) -> numpy.ndarray[Any, Any]:
+    """Return host memory that a GPU copies from by itself, while the host goes on."""
+    cupy()  # for its error
+    import cupyx
+
+    array: numpy.ndarray[Any, Any] = cupyx.empty_pinned(shape, dtype)
+    return array
 
 
 def asarray(obj: Any, dtype: Any = None, where: Device | None = None, copy: bool | None = None) -> Array:

@@ -2,6 +2,8 @@
 
 __all__ = [
     "DataError",
+    "DeviceMemoryError",
+    "DeviceMemoryWarning",
     "DeviceMismatch",
     "DeviceUnavailable",
     "GpugradError",
@@ -23,6 +25,14 @@ class DeviceMismatch(GpugradError, ValueError):
 
 class DeviceUnavailable(GpugradError, RuntimeError):
     """The device asked for is not there: CuPy is missing, no driver answers, or the index is too large."""
+
+
+class DeviceMemoryError(GpugradError, MemoryError):
+    """One row of the data does not fit in the memory of the GPU; the message tells the sizes."""
+
+
+class DeviceMemoryWarning(RuntimeWarning):
+    """A block of rows did not fit in the memory of the GPU; an Objective goes on with smaller ones."""
 
 
 class ShapeMismatch(GpugradError, ValueError):

@@ -6,6 +6,9 @@ A block of rows goes through the whole forward and reverse sweep while it is in 
 once, and no intermediate is ever longer than a block. Blocks are grouped into stripes; threads take stripes as they
 come free, each stripe adds its blocks up in order in float64, and the stripes are added in order at the end. Which
 thread did what leaves no trace in the result: the same data and block size give the same bits.
+
+On a GPU there is one stripe, on the caller's stream. Data from the host is copied there once, or, where it does not
+fit, streamed through two buffers in every evaluation. Where a block runs out of memory it is done again in halves.
 """
 
 import contextvars
@@ -13,8 +16,10 @@ import functools
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy
@@ -22,8 +27,16 @@ import optree
 import threadpoolctl
 
 from gpugrad import backend
-from gpugrad.errors import DeviceMismatch, NonFiniteLoss, NotDifferentiable, ShapeMismatch
+from gpugrad.errors import (
+    DeviceMemoryError,
+    DeviceMemoryWarning,
+    DeviceMismatch,
+    NonFiniteLoss,
+    NotDifferentiable,
+    ShapeMismatch,
+)
 from gpugrad.op import Node, box, recording
+from gpugrad.stream import Feeder
 from gpugrad.tape import LIVE, force_grad, new_leaf, no_grad, own, reachable, sweep
 from gpugrad.tensor import Tensor
 from gpugrad.transforms import value_and_grad
@@ -36,6 +49,8 @@ WORTH_A_THREAD = 512 << 10
 # What all blocks in flight may keep on their tapes together, on the CPU and on a GPU.
 HOST_TAPE_BYTES = 40 << 20
 CUDA_TAPE_BYTES = 2 << 30
+RESIDENT_SHARE = 0.6  # of a GPU's free memory: data from the host up to this is copied there as a whole
+FEED_BYTES = 64 << 20  # what goes to a GPU in one copy: enough to hide the launches, little enough to start soon
 STRIPES = 16
 STRIPE_BYTES = 32 << 20  # float64 gradients of all stripes together
 
@@ -104,8 +119,40 @@ class _Stripe:
 
     def __init__(self) -> None:
         self.total: Any = 0.0
-        self.gradients: list[Any] | None = None
+        self.gradients: list[Any] = []
         self.bad: tuple[int, int, int, float] | None = None
+
+
+class _Room:
+    """What an Objective and its mini-batches have found out about a GPU's memory, and the buffers they share."""
+
+    def __init__(self, device: backend.Device) -> None:
+        self.device = device
+        self.rows: int | None = None  # the most that a block may have
+        self.news = self.told = False
+        self.feeders: dict[bool, list[Feeder]] = {True: [], False: []}
+
+    def halve(self, rows: int, why: str) -> None:
+        """Take note that a block of so many rows does not fit. Raises DeviceMemoryError when it is one."""
+        if rows == 1:
+            free, total = backend.memory(self.device)
+            raise DeviceMemoryError(
+                f"Objective: one row does not fit in the memory of {self.device}: {why} {free:,} of {total:,} bytes "
+                "are free; make the model smaller, free other arrays, or use device='cpu'"
+            )
+        backend.release_memory(self.device)
+        self.rows, self.news = rows // 2, True
+
+    def tell(self) -> None:
+        """Warn, once, that blocks are smaller now."""
+        if self.news and not self.told:
+            self.told = True
+            warnings.warn(
+                f"Objective: out of memory on {self.device}; going on with blocks of {self.rows} rows",
+                DeviceMemoryWarning,
+                stacklevel=2,
+            )
+        self.news = False
 
 
 class Objective:
@@ -115,11 +162,15 @@ class Objective:
     data: a tuple of arrays that share axis 0 (a single array stands for a tuple of one). Sample weights are one more
     array, multiplied in by the loss. Do not change the data while a call runs.
     reduction: "mean" or "sum" over rows. penalty(params) -> scalar Tensor, added once, after the reduction.
-    block_size: rows a block, or "auto" to fit the caches. device: where the data is to be ("auto": where it is if that
-    is a GPU, else a GPU if there is one); host data is copied there once. threads: workers on the CPU, by default one a
-    core; BLAS runs single-threaded inside them.
+    block_size: rows a block, or "auto" to fit the caches. device: where to compute ("auto": where the data is if that
+    is a GPU, else a GPU if there is one); host data is copied there once, or streamed in every evaluation if it does
+    not fit. threads: workers on the CPU, by default one a core; BLAS runs single-threaded inside them.
 
-    Raises ShapeMismatch for arrays of unequal length, ValueError for no rows or a bad setting.
+    Attributes: `data`, `device`, `rows`, and `dtype`: the floating dtype of the data, which Python numbers among the
+    parameters take. A block that does not fit on the GPU is done again in halves, with one DeviceMemoryWarning.
+
+    Raises ShapeMismatch for arrays of unequal length, ValueError for no rows or a bad setting; when evaluated,
+    DeviceMemoryError where not even one row fits.
     """
 
     def __init__(
@@ -149,7 +200,9 @@ class Objective:
         self._threads = available_cores() if threads is None else threads
         self._divisor: float = self.rows if reduction == "mean" else 1
         floats = {a.dtype for a in self.data if a.dtype.kind == "f"}
-        self._float = floats.pop() if len(floats) == 1 else numpy.dtype(numpy.float64)
+        self.dtype = floats.pop() if len(floats) == 1 else numpy.dtype(numpy.float64)
+        self._room = _Room(self.device)
+        self._picked: Any = None  # row numbers, of a mini-batch too large to be gathered at once
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -182,29 +235,83 @@ class Objective:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Objective.batches: batch_size={batch_size!r}; expected a positive number of rows")
         order = numpy.random.default_rng(seed).permutation(self.rows)
-        if self.device.kind == "cuda":
-            order = backend.to_device(order, self.device)
-        for start in range(0, self.rows, batch_size):
-            rows = order[start : start + batch_size]
-            batch = Objective.__new__(Objective)
-            batch.__dict__.update(self.__dict__)
+        if self._picked is not None:
+            order = self._picked[order]
+        parts = [order[start : start + batch_size] for start in range(0, self.rows, batch_size)]
+        if self._streamed:
+            return self._streamed_batches(parts)
+        return (self._batch(self._taken(part), part) for part in parts)
+
+    def _taken(self, part: Any) -> tuple[Any, ...] | None:
+        """Return rows of the data as new arrays; None where a GPU has no room for them."""
+        try:
             with backend.activate(self.device):
-                batch.data = tuple(_frozen(array.take(rows, axis=0)) for array in self.data)
-            batch.rows = len(rows)
-            batch._divisor = batch.rows if self.reduction == "mean" else batch.rows / self.rows
-            yield batch
+                rows = backend.to_device(part, self.device)
+                return tuple(_frozen(array.take(rows, axis=0)) for array in self.data)
+        except Exception as error:
+            if not backend.out_of_memory(error):
+                raise
+        backend.release_memory(self.device)
+        return None
+
+    def _streamed_batches(self, parts: list[Any]) -> Iterator["Objective"]:
+        done = 0
+        # one in use, the next one on its way, and one that the caller has not let go yet
+        if 3 * len(parts[0]) * self._row_bytes() <= RESIDENT_SHARE * backend.memory(self.device)[0]:
+            try:
+                feeder = self._feeder(len(parts[0]), fresh=True)
+                try:
+                    with closing(feeder.feed(parts)) as fed:
+                        for block in fed:
+                            yield self._batch(self._beside(block, parts[done]), parts[done])
+                            done += 1
+                finally:
+                    self._room.feeders[True].append(feeder)
+            except Exception as error:
+                if not backend.out_of_memory(error):
+                    raise
+        for part in parts[done:]:
+            yield self._batch(None, part)
+
+    def _batch(self, data: tuple[Any, ...] | None, part: Any) -> "Objective":
+        """Return an Objective over rows of the data: gathered in `data`, or for None when they are evaluated."""
+        batch = Objective.__new__(Objective)
+        batch.__dict__.update(self.__dict__)
+        batch.rows = len(part)
+        batch.data, batch._picked = (self.data, part) if data is None else (data, None)
+        batch._divisor = batch.rows if self.reduction == "mean" else batch.rows / self.rows
+        return batch
 
     # ------------------------------------------------------------------------------------------------ inside
 
     def _evaluate(self, params: Any, *, gradients: bool, check: bool) -> tuple[Any, Any]:
         given, structure = optree.tree_flatten(params)
-        arrays = [self._parameter(leaf) for leaf in given]
+        with backend.activate(self.device):
+            arrays = [self._parameter(leaf) for leaf in given]
         size = self._block_rows(arrays, structure)
+        sums = self._on_cuda if self.device.kind == "cuda" else self._on_cpu
+        with backend.activate(self.device):
+            total, grads, bad = sums(size, arrays, structure, gradients)
+        # infinities that meet here are reported by row, or are the caller's to judge
+        with backend.activate(self.device), numpy.errstate(all="ignore"):
+            if self.penalty is not None:
+                extra, extra_grads = value_and_grad(self.penalty)(optree.tree_unflatten(structure, arrays))
+                total = total + (extra.astype(numpy.float64) if hasattr(extra, "astype") else extra)
+                grads = [acc + more for acc, more in zip(grads, optree.tree_leaves(extra_grads), strict=False)]
+            total, grads = self._brought_home(total, grads, given, check)
+        if check and not math.isfinite(total):
+            self._report(bad or self._search(size, arrays, structure), total)
+        if not gradients:
+            return total, None
+        shared: set[int] = set()
+        results = [self._like(acc, leaf, shared) for acc, leaf in zip(grads, given, strict=True)]
+        return total, optree.tree_unflatten(structure, results)
+
+    def _on_cpu(self, size: int, arrays: list[Any], structure: Any, gradients: bool) -> tuple[Any, list[Any], Any]:
+        """Return the value, the gradients (none unless asked for) and the first row whose loss is not finite."""
         starts = range(0, self.rows, size)
         grad_bytes = 8 * sum(math.prod(a.shape) for a in arrays)
         count = min(len(starts), STRIPES, max(4, STRIPE_BYTES // max(grad_bytes, 1)))
-        if self.device.kind == "cuda":
-            count = 1  # one stream: nothing to share
         bounds = [len(starts) * k // count for k in range(count + 1)]
         stop: list[bool] = []
 
@@ -213,32 +320,19 @@ class Objective:
 
         stripes = self._in_order(run, count, stop)
         bad = [s.bad for s in stripes if s.bad is not None]
-        # infinities that meet here are reported by row, or are the caller's to judge
-        with backend.activate(self.device), numpy.errstate(all="ignore"):
+        with numpy.errstate(all="ignore"):
             total = sum((s.total for s in stripes[1:]), stripes[0].total) / self._divisor
-            grads: list[Any] | None = None
-            if gradients:
-                grads = stripes[0].gradients or []
-                for stripe in stripes[1:]:
-                    for acc, more in zip(grads, stripe.gradients or (), strict=True):
-                        acc += more
-                for acc in grads:
-                    acc /= self._divisor
-            if self.penalty is not None:
-                extra, extra_grads = value_and_grad(self.penalty)(optree.tree_unflatten(structure, arrays))
-                total = total + (extra.astype(numpy.float64) if hasattr(extra, "astype") else extra)
-                for acc, more in zip(grads or (), optree.tree_leaves(extra_grads), strict=False):
+            grads = stripes[0].gradients
+            for stripe in stripes[1:]:
+                for acc, more in zip(grads, stripe.gradients, strict=True):
                     acc += more
-        if check and not math.isfinite(float(total)):
-            self._report(min(bad) if bad else self._search(size, arrays, structure), float(total))
-        if grads is None:
-            return total, None
-        results = [self._like(acc, leaf) for acc, leaf in zip(grads, given, strict=True)]
-        return total, optree.tree_unflatten(structure, results)
+            for acc in grads:
+                acc /= self._divisor
+        return total, grads, min(bad) if bad else None
 
     def _in_order(self, run: Callable[[int], _Stripe], count: int, stop: list[bool]) -> list[_Stripe]:
-        """Run the stripes and return them in order; on the CPU by the thread pool, with BLAS held to one thread."""
-        if self.device.kind == "cuda" or count == 1 or _worker.busy:
+        """Run the stripes and return them in order, by the thread pool, with BLAS held to one thread."""
+        if count == 1 or _worker.busy:
             return [run(k) for k in range(count)]
         with _single_threaded_blas():
             if self._threads == 1:
@@ -270,7 +364,7 @@ class Objective:
         before = recording.trusted
         recording.trusted = before | _identities(self.data)
         try:
-            with backend.activate(self.device), force_grad() if gradients else no_grad():
+            with force_grad() if gradients else no_grad():
                 for block in blocks:
                     if stop:
                         break
@@ -283,32 +377,30 @@ class Objective:
         self, into: _Stripe, block: int, start: int, size: int, arrays: list[Any], structure: Any, gradients: bool
     ) -> None:
         tensors = [box(a, new_leaf(a, "Objective") if gradients else None) for a in arrays]
-        losses = self._losses(tensors, structure, start, size)
+        stop = min(start + size, self.rows)
+        losses = self._losses(tensors, structure, [_block(array[start:stop]) for array in self.data])
         values = losses._data if type(losses) is Tensor else losses
         with numpy.errstate(over="ignore", invalid="ignore"):
             part = values.sum(dtype=numpy.float64)
-        if self.device.kind == "cpu" and into.bad is None and not math.isfinite(part):
+        if into.bad is None and not math.isfinite(part):
             into.bad = _first_bad(values, block, start)
         into.total = into.total + part
         if not gradients:
             return
-        if into.gradients is None:
-            xp = backend.namespace_of_device(self.device)
-            into.gradients = [xp.zeros(a.shape, dtype=numpy.float64) for a in arrays]
+        if not into.gradients:
+            into.gradients = [numpy.zeros(a.shape, dtype=numpy.float64) for a in arrays]
         if type(losses) is not Tensor or losses._node is None:
             return
-        xp = backend.namespace(values)
-        seed = xp.ones(values.shape, dtype=values.dtype)
+        seed = numpy.ones(values.shape, dtype=values.dtype)
         nodes = [t._node for t in tensors]
         with numpy.errstate(all="ignore"):
             for node, g in sweep([(losses._node, seed)], nodes).items():
                 acc = into.gradients[nodes.index(node)]
                 acc += g
 
-    def _losses(self, tensors: list[Any], structure: Any, start: int, size: int) -> Any:
+    def _losses(self, tensors: list[Any], structure: Any, block: Sequence[Any]) -> Any:
         """Run the loss over one block and check what it returns."""
-        rows = min(size, self.rows - start)
-        block = [_view(array, start, start + rows) for array in self.data]
+        rows = len(block[0])
         losses = self.loss(optree.tree_unflatten(structure, tensors), *block)
         shape = getattr(losses, "shape", None)
         if shape != (rows,):
@@ -322,16 +414,167 @@ class Objective:
             raise NotDifferentiable(f"Objective: the loss returned dtype {losses.dtype}, expected floating point")
         return losses
 
+    # ---------------------------------------------------------------------------------------------- on a GPU
+
+    def _on_cuda(self, size: int, arrays: list[Any], structure: Any, gradients: bool) -> tuple[Any, list[Any], None]:
+        """As `_on_cpu`, on the caller's stream: nothing is read back, nothing waited for."""
+        xp = backend.namespace_of_device(self.device)
+        total: Any = None
+        grads: list[Any] = []
+        scaled = False
+
+        def add(_start: int, block: Sequence[Any]) -> None:
+            nonlocal total, grads, scaled
+            tensors = [box(a, new_leaf(a, "Objective") if gradients else None) for a in arrays]
+            losses = self._losses(tensors, structure, block)
+            values = losses._data if type(losses) is Tensor else losses
+            # All rows in one block, as in a mini-batch: launches count, and there is nothing to add up.
+            scaled = len(values) == self.rows
+            nodes = [t._node for t in tensors]
+            found: dict[Any, Any] = {}
+            if gradients and type(losses) is Tensor and losses._node is not None:
+                wide = numpy.result_type(values.dtype, numpy.float32)
+                seed = xp.full(values.shape, 1 / self._divisor if scaled else 1.0, dtype=wide)
+                found = sweep([(losses._node, seed)], nodes)
+            if scaled:
+                mean = self._divisor == self.rows
+                total = values.mean(dtype=numpy.float64) if mean else values.sum(dtype=numpy.float64) / self._divisor
+                if gradients:
+                    grads = [
+                        found[node] if node in found else xp.zeros(a.shape, dtype=a.dtype)
+                        for node, a in zip(nodes, arrays, strict=True)
+                    ]
+                return
+            part = values.sum(dtype=numpy.float64)
+            sums = grads or [xp.zeros(a.shape, dtype=numpy.float64) for a in arrays if gradients]
+            # Nothing below can run out of memory: a block counts whole or not at all.
+            total = part if total is None else total + part
+            grads = sums
+            for acc, node in zip(grads, nodes, strict=False):
+                if node in found:
+                    acc += found[node]
+
+        with force_grad() if gradients else no_grad():
+            self._over_blocks(size, add)
+        if not scaled:
+            total = total / self._divisor
+            for acc in grads:
+                acc /= self._divisor
+        return total, grads, None
+
+    def _over_blocks(self, size: int, work: Callable[[int, Sequence[Any]], None]) -> None:
+        """Call work(first row, block) for blocks of `size` rows, in order; of fewer where a GPU has no more room."""
+        if not self._streamed:
+            self._in_blocks(0, self.rows, size, self._between, work)
+            return
+        feeder = self._feeder(size)
+        size = min(size, feeder.rows)
+        step = feeder.rows // size * size
+        parts = [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+        if self._picked is not None:
+            parts = [self._picked[part] for part in parts]
+        try:
+            with closing(feeder.feed(parts)) as fed:
+                for k, rows in enumerate(fed):
+                    chunk = self._beside(rows, parts[k])
+                    between = lambda start, stop, c=chunk: [array[start:stop] for array in c]  # noqa: E731
+                    self._in_blocks(k * step, len(chunk[0]), size, between, work)
+        finally:
+            self._room.feeders[False].append(feeder)
+
+    def _in_blocks(
+        self,
+        first: int,
+        rows: int,
+        size: int,
+        between: Callable[[int, int], Sequence[Any]],
+        work: Callable[[int, Sequence[Any]], None],
+    ) -> None:
+        """Call `work` for rows 0 to `rows` of what `between` gives, of which the first is number `first`."""
+        done = 0
+        while done < rows:
+            count = min(size, self._room.rows or size, rows - done)
+            try:
+                work(first + done, [_block(part) for part in between(done, done + count)])
+            except Exception as error:
+                if not backend.out_of_memory(error):
+                    raise
+                why = str(error)
+            else:
+                done += count
+                self._room.tell()
+                continue
+            self._room.halve(count, why)  # here, where the exception no longer holds the tape
+
+    def _between(self, start: int, stop: int) -> Sequence[Any]:
+        if self._picked is None:
+            return [array[start:stop] for array in self.data]
+        rows = backend.to_device(self._picked[start:stop], self.device)
+        return [array.take(rows, axis=0) for array in self.data]
+
+    @property
+    def _streamed(self) -> bool:
+        return self.device.kind == "cuda" and any(isinstance(a, numpy.ndarray) for a in self.data)
+
+    def _row_bytes(self) -> int:
+        return sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in self.data if isinstance(a, numpy.ndarray))
+
+    def _feeder(self, size: int, fresh: bool = False) -> Feeder:
+        """Take out a feeder for blocks, or for mini-batches that keep their memory, of `size` rows."""
+        rows = size
+        if not fresh:
+            limit = min(FEED_BYTES, backend.memory(self.device)[0] // 8)
+            rows = min(max(limit // (self._row_bytes() * size), 1) * size, self.rows)
+        kept = self._room.feeders[fresh]
+        while kept:
+            feeder = kept.pop()
+            if feeder.rows >= size:
+                return feeder
+            feeder.close()
+        host = [a for a in self.data if isinstance(a, numpy.ndarray)]
+        while True:
+            try:
+                return Feeder(host, rows, self.device, fresh=fresh)
+            except Exception as error:
+                if fresh or not backend.out_of_memory(error):
+                    raise
+                why = str(error)
+            if rows <= size:
+                self._room.halve(rows, why)
+            rows = max(rows // 2, 1)
+
+    def _beside(self, fed: Sequence[Any], part: Any) -> tuple[Any, ...]:
+        """Put arrays that were fed to the GPU beside the same rows of those that are there."""
+        rest = iter(fed)
+        with backend.activate(self.device):
+            there = part if isinstance(part, slice) else backend.to_device(part, self.device)
+            return tuple(next(rest) if isinstance(a, numpy.ndarray) else a[there] for a in self.data)
+
+    def _brought_home(self, total: Any, grads: list[Any], given: list[Any], check: bool) -> tuple[Any, list[Any]]:
+        """Read from a GPU the value, if it is to be checked, and the gradients of what lives on the host, at once."""
+        if self.device.kind == "cpu":
+            return total, grads
+        home = [k for k in range(len(grads)) if not backend.is_cuda_array(_plain(given[k]))]
+        if check or home:
+            xp = backend.namespace_of_device(self.device)
+            value, *read = backend.fetch(xp, total, *(grads[k] for k in home))
+            total = float(value) if check else total
+            for k, g in zip(home, read, strict=True):
+                grads[k] = g
+        return total, grads
+
+    # ----------------------------------------------------------------------------------------- parameters, blocks
+
     def _parameter(self, leaf: Any) -> Any:
         """Return a parameter as an array on the data's device that nobody changes during the call."""
         if type(leaf) is float:
-            leaf = self._float.type(leaf)  # a Python number does not widen float32 data
+            leaf = self.dtype.type(leaf)  # a Python number does not widen float32 data
         if type(leaf) is Tensor and recording.on and _is_traced(leaf._node):
             raise NotDifferentiable(
                 "Objective: a parameter is being differentiated by grad, vjp or a Tape, which cannot see inside; use "
                 "value_and_grad of the Objective itself"
             )
-        array = leaf._data if type(leaf) is Tensor else leaf
+        array = _plain(leaf)
         if not backend.is_array(array):
             raise TypeError(f"Objective: a parameter is a {type(leaf).__name__}; expected an array, Tensor or float")
         if array.dtype.kind != "f":
@@ -339,7 +582,7 @@ class Objective:
         if array.dtype == numpy.float16:
             array = array.astype(numpy.float32)  # a block's sum would overflow before it reaches float64
         here = backend.device_of(array)
-        if here == self.device or isinstance(array, numpy.generic):
+        if here == self.device:
             return _frozen(array.copy()) if isinstance(array, numpy.ndarray) else array
         if here.kind == "cpu":
             return backend.to_device(array, self.device)
@@ -347,13 +590,12 @@ class Objective:
             f"Objective: the data is on {self.device}, a parameter on {here}; move one: Objective(..., device={here!r})"
         )
 
-    def _like(self, acc: Any, leaf: Any) -> Any:
-        """Return an accumulated gradient as the kind, dtype and device of its parameter."""
+    def _like(self, acc: Any, leaf: Any, shared: set[int]) -> Any:
+        """Return an accumulated gradient as the kind and dtype of its parameter."""
         if type(leaf) is float:
             return float(acc)
-        array = leaf._data if type(leaf) is Tensor else leaf
-        g = backend.to_device(acc.astype(array.dtype, copy=False), backend.device_of(array))
-        return box(g, None) if type(leaf) is Tensor else own(g, set())
+        g = own(acc.astype(_plain(leaf).dtype, copy=False), shared)
+        return box(g, None) if type(leaf) is Tensor else g
 
     def _block_rows(self, arrays: list[Any], structure: Any) -> int:
         """Return the rows a block: given, or found by looking at what the tape of a few rows holds."""
@@ -371,35 +613,55 @@ class Objective:
 
     def _fitting_rows(self, arrays: list[Any], structure: Any) -> tuple[int, int]:
         """Return the rows a block should have, and how many rows are too few to share among threads."""
-        probe = min(64, self.rows)
+        rows = min(64, self.rows)
+        while True:
+            try:
+                with backend.activate(self.device), force_grad(), numpy.errstate(all="ignore"):
+                    block = [_block(backend.to_device(a[:rows], self.device)) for a in self.data]
+                    sizes = self._tape(arrays, structure, block)
+                break
+            except Exception as error:
+                if rows == 1 or not backend.out_of_memory(error):
+                    raise
+            rows //= 2
         data = max(math.prod(a.shape[1:]) * a.dtype.itemsize for a in self.data)
-        with backend.activate(self.device), force_grad(), numpy.errstate(all="ignore"):
-            tensors = [box(a, new_leaf(a, "Objective")) for a in arrays]
-            losses = self._losses(tensors, structure, 0, probe)
-            node = losses._node if type(losses) is Tensor else None
-            sizes = [
-                math.prod(n.shape) * n.dtype.itemsize / probe
-                for n in (reachable([node]) if node is not None else ())
-                if n.op is not None and math.prod(n.shape) >= probe
-            ]
         wide = max([*sizes, 1])
         # a result, what its rule keeps besides, and a cotangent
         taped = 3 * sum(sizes) + data
         if self.device.kind == "cuda":
-            return int(max(1, CUDA_TAPE_BYTES // taped)), 0
-        rows = int(min(DATA_BYTES / data, OPERAND_BYTES / wide, HOST_TAPE_BYTES / self._threads / taped))
-        return max(1, min(rows, 1 << 17)), int(WORTH_A_THREAD / max(data, wide))
+            fitting = min(CUDA_TAPE_BYTES, backend.memory(self.device)[0] // 2) // taped
+            if self._streamed:
+                fitting = min(fitting, FEED_BYTES // self._row_bytes())
+            return max(1, int(fitting)), 0
+        fitting = int(min(DATA_BYTES / data, OPERAND_BYTES / wide, HOST_TAPE_BYTES / self._threads / taped))
+        return max(1, min(fitting, 1 << 17)), int(WORTH_A_THREAD / max(data, wide))
+
+    def _tape(self, arrays: list[Any], structure: Any, block: Sequence[Any]) -> list[float]:
+        """Return the bytes a row of every intermediate on the tape of a block."""
+        rows = len(block[0])
+        losses = self._losses([box(a, new_leaf(a, "Objective")) for a in arrays], structure, block)
+        node = losses._node if type(losses) is Tensor else None
+        return [
+            math.prod(n.shape) * n.dtype.itemsize / rows
+            for n in (reachable([node]) if node is not None else ())
+            if n.op is not None and math.prod(n.shape) >= rows
+        ]
 
     def _search(self, size: int, arrays: list[Any], structure: Any) -> tuple[int, int, int, float] | None:
         """Find the first row whose loss is not finite; on a GPU it was not looked for on the way."""
+        found: list[tuple[int, int, int, float]] = []
+
+        def look(start: int, block: Sequence[Any]) -> None:
+            if found:
+                return
+            losses = self._losses([box(a, None) for a in arrays], structure, block)
+            values = losses._data if type(losses) is Tensor else losses
+            bad = _first_bad(backend.to_device(values, backend.CPU), start // size, start)
+            found.extend([bad] if bad is not None else [])
+
         with backend.activate(self.device), no_grad(), numpy.errstate(all="ignore"):
-            for block, start in enumerate(range(0, self.rows, size)):
-                losses = self._losses([box(a, None) for a in arrays], structure, start, size)
-                values = losses._data if type(losses) is Tensor else losses
-                found = _first_bad(backend.to_device(values, backend.CPU), block, start)
-                if found is not None:
-                    return found
-        return None
+            self._over_blocks(size, look)
+        return found[0] if found else None
 
     def _report(self, bad: tuple[int, int, int, float] | None, total: float) -> None:
         if bad is None:
@@ -430,7 +692,7 @@ def _first_bad(values: Any, block: int, start: int) -> tuple[int, int, int, floa
 def _placed(data: Any, device: str) -> tuple[tuple[Any, ...], backend.Device]:
     """Check the arrays and put them where they are to be."""
     given: Sequence[Any] = data if isinstance(data, (tuple, list)) else (data,)
-    arrays = [a._data if type(a) is Tensor else a for a in given]
+    arrays = [_plain(a) for a in given]
     for position, array in enumerate(arrays):
         if not backend.is_array(array):
             raise TypeError(f"Objective: data[{position}] is a {type(array).__name__}; expected an array or Tensor")
@@ -451,9 +713,22 @@ def _placed(data: Any, device: str) -> tuple[tuple[Any, ...], backend.Device]:
         here = backend.device_of(array)
         if here.kind == "cuda" and here != where:
             raise DeviceMismatch(f"Objective: data on {here}, device={where!r} asked for; pass device={here!r}")
-    return tuple(
-        backend.to_device(numpy.asarray(a) if isinstance(a, numpy.ndarray) else a, where) for a in arrays
-    ), where
+    plain = [numpy.asarray(a) if isinstance(a, numpy.ndarray) else a for a in arrays]
+    return _resident(plain, where), where
+
+
+def _resident(arrays: list[Any], where: backend.Device) -> tuple[Any, ...]:
+    """Return arrays on a device; those from the host as they are if a GPU has no room for all of them."""
+    moving = sum(a.nbytes for a in arrays if isinstance(a, numpy.ndarray))
+    if where.kind == "cuda" and moving > RESIDENT_SHARE * backend.memory(where)[0]:
+        return tuple(arrays)
+    try:
+        return tuple(backend.to_device(a, where) for a in arrays)
+    except Exception as error:
+        if not backend.out_of_memory(error):
+            raise
+    backend.release_memory(where)
+    return tuple(arrays)
 
 
 def _identities(data: tuple[Any, ...]) -> frozenset[int]:
@@ -466,7 +741,10 @@ def _frozen(array: Any) -> Any:
     return array
 
 
-def _view(array: Any, start: int, stop: int) -> Any:
+def _block(part: Any) -> Any:
     """Return rows of the data for the loss: a read-only view on the CPU, a constant Tensor of it on a GPU."""
-    part = array[start:stop]
     return _frozen(part) if isinstance(part, numpy.ndarray) else box(part, None)
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf._data if type(leaf) is Tensor else leaf

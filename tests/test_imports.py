@@ -27,6 +27,7 @@ ORDER = (
     "compile",
     "data",
     "datasets",
+    "stream",
     "objective",
     "optim",
     "glm nn",

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy
 import optree
 
-from gpugrad import backend, op
+from gpugrad import backend, kernels, op
 from gpugrad.backend import Array, Namespace
 from gpugrad.errors import DeviceMismatch, ShapeMismatch
 from gpugrad.tensor import Tensor
 
 __all__ = ["SGD", "Adam", "AdamW", "GradientDescent", "Optimizer"]
 
+DOUBLE = numpy.dtype("float64")
 PyTree = Any
 Schedule = Callable[[int], float]
 Evaluate = Callable[[list[Array]], tuple[Any, list[Array]]]
@@ -27,31 +28,40 @@ class Layout:
     """How a pytree of parameters comes apart into arrays, and how arrays make such a pytree again.
 
     Every leaf becomes an array on one device: a Python number a 0-d float64 array beside the others.
+    device: where host arrays and numbers are to be moved for the run. number: the dtype in which an objective on a GPU
+    sees what was a Python number.
     """
 
-    def __init__(self, params: PyTree) -> None:
+    def __init__(self, params: PyTree, device: backend.Device = backend.CPU, number: Any = DOUBLE) -> None:
         paths, leaves, self.spec = optree.tree_flatten_with_path(params)
         if not leaves:
             raise ValueError(f"params holds no parameters: got {params!r}; expected an array or a pytree of arrays")
         self.names = ["params" + "".join(f"[{key!r}]" for key in path) for path in paths]
         arrays = [plain(leaf) for leaf in leaves]
         anchor = next((k for k, array in enumerate(arrays) if backend.is_array(array) and not _is_number(array)), None)
-        self.device = backend.CPU if anchor is None else backend.device_of(arrays[anchor])
-        self.xp: Namespace = backend.namespace_of_device(self.device)
-        self.array_type: type = self.xp.ndarray
+        home = backend.CPU if anchor is None else backend.device_of(arrays[anchor])
         for name, array in zip(self.names, arrays, strict=True):
             if _is_number(array):
                 continue
             if not backend.is_array(array):
                 raise TypeError(f"{name} is a {type(array).__name__}; expected a floating array, Tensor or number")
-            if backend.device_of(array) != self.device:
+            if backend.device_of(array) != home:
                 raise DeviceMismatch(
-                    f"{name} is on {backend.device_of(array)!s}, {self.names[anchor or 0]} on {self.device!s}; "
+                    f"{name} is on {backend.device_of(array)!s}, {self.names[anchor or 0]} on {home!s}; "
                     "put all parameters on one device"
                 )
             if array.dtype.kind != "f":
                 raise TypeError(f"{name} has dtype {array.dtype}; expected float16, float32 or float64: cast it first")
         self._build = [_builder(leaf) for leaf in leaves]
+        self._number = number
+        self._is_number = [_is_number(leaf) for leaf in leaves]
+        self.device = device if home.kind == "cpu" else home
+        self.xp: Namespace = backend.namespace_of_device(self.device)
+        self.array_type: type = self.xp.ndarray
+        # leaves that live on the host and are computed with on a GPU
+        self._abroad = [
+            k for k, array in enumerate(arrays) if self.device.kind == "cuda" and not backend.is_cuda_array(array)
+        ]
         with backend.activate(self.device):
             started = [self._as_array(array) for array in arrays]
         self.shapes = [array.shape for array in started]
@@ -60,7 +70,9 @@ class Layout:
         self.work = [numpy.dtype("float32") if dtype == "float16" else dtype for dtype in self.dtypes]
 
     def _as_array(self, leaf: Any) -> Array:
-        return leaf if isinstance(leaf, self.array_type) else self.xp.asarray(leaf, dtype=_number_dtype(leaf))
+        return (
+            leaf if isinstance(leaf, self.array_type) else self.xp.asarray(leaf, dtype=getattr(leaf, "dtype", DOUBLE))
+        )
 
     def arrays(self, params: PyTree) -> list[Array]:
         """Take apart parameters of this structure."""
@@ -95,17 +107,29 @@ class Layout:
         return out
 
     def rebuild(self, arrays: list[Array], *, copy: bool = False) -> PyTree:
-        """Make a pytree like the parameters. A leaf that was a Python number is read back from the device."""
-        leaves = [build(array.copy() if copy else array) for build, array in zip(self._build, arrays, strict=True)]
+        """Make a pytree like the parameters. What lives on the host is read back from the device, in one transfer."""
+        arrays = [array.copy() for array in arrays] if copy else list(arrays)
+        if self._abroad:
+            read = backend.fetch(self.xp, *(arrays[k] for k in self._abroad))
+            for k, array in zip(self._abroad, read, strict=True):
+                arrays[k] = array.astype(self.dtypes[k])
+        return optree.tree_unflatten(
+            self.spec, [build(array) for build, array in zip(self._build, arrays, strict=True)]
+        )
+
+    def inside(self, arrays: list[Array]) -> PyTree:
+        """Make the pytree that an objective is given during a run: on a GPU nothing of it leaves the device."""
+        if self.device.kind == "cpu":
+            return self.rebuild(arrays)
+        leaves = [
+            array.astype(self._number, copy=False) if number else build(array)
+            for array, build, number in zip(arrays, self._build, self._is_number, strict=True)
+        ]
         return optree.tree_unflatten(self.spec, leaves)
 
 
 def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, (int, float, numpy.floating)) and not isinstance(leaf, bool)
-
-
-def _number_dtype(leaf: Any) -> Any:
-    return leaf.dtype if isinstance(leaf, numpy.floating) else numpy.dtype("float64")
 
 
 def plain(leaf: Any) -> Any:
@@ -137,24 +161,14 @@ def _tracked_tensor(array: Array) -> Tensor:
     return boxed
 
 
-def fetch(xp: Namespace, *values: Any) -> list[Any]:
-    """Read numbers and arrays as float64 on the host, all in one transfer: the one place where an optimiser waits."""
-    if xp is numpy:
-        return list(values)
-    arrays = [xp.asarray(value, dtype=xp.float64) for value in values]
-    flat = backend.to_device(xp.concat([array.reshape(-1) for array in arrays]), backend.CPU)
-    ends = numpy.cumsum([array.size for array in arrays])[:-1]
-    return [part.reshape(array.shape) for part, array in zip(numpy.split(flat, ends), arrays, strict=True)]
-
-
 def to_host(xp: Namespace, *values: Any) -> list[float]:
-    """Read scalars from the device, all in one transfer."""
-    return [float(value) for value in fetch(xp, *values)]
+    """Read scalars from the device, all in one transfer: where an optimiser waits for it."""
+    return [float(value) for value in backend.fetch(xp, *values)]
 
 
 def max_norm(xp: Namespace, grads: list[Array]) -> Any:
     """Largest absolute entry over all leaves, left on the device; NaN if there is one."""
-    peaks = [xp.max(xp.abs(grad)) for grad in grads if grad.size]
+    peaks = [xp.max(xp.abs(grad)) for grad in _joined(xp, grads) if grad.size]
     if len(peaks) == 1:
         return peaks[0]
     return xp.max(xp.stack([peak.astype(xp.float64) for peak in peaks])) if peaks else 0.0
@@ -163,9 +177,16 @@ def max_norm(xp: Namespace, grads: list[Array]) -> Any:
 def squared_norm(xp: Namespace, grads: list[Array]) -> Any:
     """Sum of squares over all leaves, in float64, left on the device."""
     total: Any = 0.0
-    for grad in grads:
+    for grad in _joined(xp, grads):
         total = total + xp.sum(xp.square(grad, dtype=xp.float64))
     return total
+
+
+def _joined(xp: Namespace, arrays: list[Array]) -> list[Array]:
+    """Return arrays on a GPU as one: there a launch costs more than a copy of what parameters usually are."""
+    if xp is numpy or len(arrays) == 1:
+        return arrays
+    return [xp.concat([array.reshape(-1) for array in arrays])]
 
 
 def check_rate(lr: Any, what: str = "lr") -> float:
@@ -191,6 +212,7 @@ class Optimizer:
     """
 
     buffers = 0  # state arrays a parameter, zero at the start
+    fused = False  # whether there is a CUDA kernel for the step
 
     def __init__(self, lr: float | Schedule, *, clip_norm: float | None = None) -> None:
         self.lr: float | Schedule = lr if callable(lr) else check_rate(lr)
@@ -223,19 +245,23 @@ class Optimizer:
     def begin(self, layout: Layout, arrays: list[Array]) -> None:
         """Make the state for parameters of this layout, or go on with the state of an earlier run over the same."""
         before = self._layout
-        if before is not None and (before.spec, before.shapes, before.dtypes) != (
+        if before is not None and (before.spec, before.shapes, before.dtypes, before.device) != (
             layout.spec,
             layout.shapes,
             layout.dtypes,
+            layout.device,
         ):
             raise ValueError(
                 f"this optimiser's state belongs to parameters {before.spec} with shapes {before.shapes}, now came "
-                f"{layout.spec} with {layout.shapes} (dtypes {before.dtypes}, {layout.dtypes}); make a new optimiser "
-                "for new parameters"
+                f"{layout.spec} with {layout.shapes} (dtypes {before.dtypes}, {layout.dtypes}; computed on "
+                f"{before.device!s}, {layout.device!s}); make a new optimiser for new parameters"
             )
         if before is None:
+            xp = layout.xp
+            # the CUDA kernels want C order; NumPy is fastest with all arrays in the order of the parameter
+            zeros = xp.zeros_like if layout.device.kind == "cpu" else lambda a, dtype: xp.zeros(a.shape, dtype=dtype)
             self.state = [
-                [layout.xp.zeros_like(array, dtype=work) for _ in range(self.buffers)]
+                [zeros(array, dtype=work) for _ in range(self.buffers)]
                 for array, work in zip(arrays, layout.work, strict=True)
             ]
         self._layout = layout
@@ -248,11 +274,14 @@ class Optimizer:
         self.rate = (
             check_rate(self.lr(self.count), f"the lr schedule at step {self.count}") if callable(self.lr) else self.lr
         )
+        scale = None
         if self.clip_norm is not None:
-            norm = xp.sqrt(squared_norm(xp, grads))
-            scale = self.clip_norm / xp.maximum(norm, self.clip_norm)
-            grads = [grad * scale.astype(grad.dtype) for grad in grads]
+            scale = self.clip_norm / xp.maximum(xp.sqrt(squared_norm(xp, grads)), self.clip_norm)
         self.count += 1
+        if layout.device.kind == "cuda" and self.fused:
+            return self._launched(arrays, grads, scale)
+        if scale is not None:
+            grads = [grad * scale.astype(grad.dtype) for grad in grads]
         new = []
         for array, grad, state, work in zip(arrays, grads, self.state, layout.work, strict=True):
             out = xp.empty_like(array, dtype=work)
@@ -261,6 +290,25 @@ class Optimizer:
             new.append(out if work == array.dtype else out.astype(array.dtype))
         return new
 
+    def _launched(self, arrays: list[Array], grads: list[Array], scale: Array | None) -> list[Array]:
+        """Take the step by one CUDA kernel for all parameters of a dtype."""
+        new = list(arrays)
+        for dtype in dict.fromkeys(array.dtype for array in arrays):
+            picked = [k for k, array in enumerate(arrays) if array.dtype == dtype]
+            of_dtype = None if scale is None else scale.astype(grads[picked[0]].dtype)
+            stepped = self._launch(
+                [arrays[k] for k in picked], [grads[k] for k in picked], [self.state[k] for k in picked], of_dtype
+            )
+            for k, array in zip(picked, stepped, strict=True):
+                new[k] = array
+        return new
+
+    def _launch(
+        self, params: list[Array], grads: list[Array], states: list[list[Array]], scale: Array | None
+    ) -> list[Array]:
+        """Step over parameters of one dtype, with `scale` multiplied to the gradients; brings the state up to date."""
+        raise NotImplementedError
+
     def _update(self, xp: Namespace, param: Array, grad: Array, state: list[Array], out: Array) -> None:
         """Write to `out` what is to be added to `param`, and bring `state` up to date."""
         raise NotImplementedError
@@ -268,6 +316,15 @@ class Optimizer:
 
 class GradientDescent(Optimizer):
     """w <- w - lr * g."""
+
+    fused = True
+
+    def _launch(
+        self, params: list[Array], grads: list[Array], states: list[list[Array]], scale: Array | None
+    ) -> list[Array]:
+        return kernels.sgd_update(
+            params, grads, states, rate=self.rate, momentum=0.0, nesterov=False, weight_decay=0.0, scale=scale
+        )
 
     def _update(self, xp: Namespace, param: Array, grad: Array, state: list[Array], out: Array) -> None:
         xp.multiply(grad, -self.rate, out=out)
@@ -280,6 +337,8 @@ class SGD(Optimizer):
     weight_decay: adds weight_decay * w to g. The rate multiplies u, not g, as in PyTorch, so that
     changing lr midway also changes the steps owed to earlier gradients.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -297,6 +356,20 @@ class SGD(Optimizer):
         self.nesterov = nesterov
         self.weight_decay = check_rate(weight_decay, "weight_decay")
         self.buffers = 1 if momentum else 0
+
+    def _launch(
+        self, params: list[Array], grads: list[Array], states: list[list[Array]], scale: Array | None
+    ) -> list[Array]:
+        return kernels.sgd_update(
+            params,
+            grads,
+            states,
+            rate=self.rate,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            scale=scale,
+        )
 
     def _update(self, xp: Namespace, param: Array, grad: Array, state: list[Array], out: Array) -> None:
         if self.weight_decay:
@@ -325,6 +398,8 @@ class Adam(Optimizer):
     """
 
     buffers = 2
+    fused = True
+    weight_decay = 0.0
 
     def __init__(
         self,
@@ -339,6 +414,21 @@ class Adam(Optimizer):
         if not eps > 0:
             raise ValueError(f"eps is {eps}; expected a positive number, such as 1e-8")
         self.eps = float(eps)
+
+    def _launch(
+        self, params: list[Array], grads: list[Array], states: list[list[Array]], scale: Array | None
+    ) -> list[Array]:
+        return kernels.adam_update(
+            params,
+            grads,
+            states,
+            rate=self.rate,
+            betas=self.betas,
+            eps=self.eps,
+            count=self.count,
+            shrink=self.rate * self.weight_decay,
+            scale=scale,
+        )
 
     def _update(self, xp: Namespace, param: Array, grad: Array, state: list[Array], out: Array) -> None:
         first, second = state

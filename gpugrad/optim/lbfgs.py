@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from gpugrad import backend
 from gpugrad.backend import Array
-from gpugrad.optim.first_order import Evaluate, Iterate, Layout, Precision, Stop, fetch, max_norm
+from gpugrad.optim.first_order import Evaluate, Iterate, Layout, Precision, Stop, max_norm
 
 __all__ = ["lbfgs", "strong_wolfe"]
 
@@ -174,7 +175,7 @@ class _Memory:
             xp.subtract(x, before.x, out=rows[0], dtype=rows.dtype)
             xp.subtract(grad, before.grad, out=rows[1], dtype=rows.dtype)
         rows[2] = grad
-        fun, peak, products = fetch(xp, value, max_norm(xp, [grad]), xp.matmul(rows, rows[:3].T))
+        fun, peak, products = backend.fetch(xp, value, max_norm(xp, [grad]), xp.matmul(rows, rows[:3].T))
         return Point(alpha, float(fun), float(products[3, 2]), x, grad, float(peak), products)
 
     def clear(self) -> None:

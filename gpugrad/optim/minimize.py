@@ -94,12 +94,20 @@ class _Problem:
 
     def evaluate(self, call: Evaluator, arrays: list[Array]) -> tuple[Any, list[Array]]:
         """Value, left on the device where the objective allows it, and gradients."""
-        value, grads = call(self.layout.rebuild(arrays))
+        value, grads = call(self.layout.inside(arrays))
         self.nfev += 1
         value = plain(value)
         if getattr(value, "shape", ()) != ():
             raise ShapeMismatch(f"the objective returned shape {value.shape}; expected a scalar: sum or average it")
         return value, self.layout.gradients(grads)
+
+
+def _layout(obj: Any, params: PyTree) -> Layout:
+    """Take parameters apart. With an Objective on a GPU, those on the host are kept there during the run."""
+    device, number = getattr(obj, "device", None), getattr(obj, "dtype", None)
+    if isinstance(device, backend.Device) and isinstance(number, numpy.dtype):
+        return Layout(params, device, number)
+    return Layout(params)
 
 
 def _evaluator(obj: Any) -> Evaluator:
@@ -361,14 +369,15 @@ def minimize(
         batch_size = _count("batch_size", batch_size)
         total = _count("epochs", EPOCHS if epochs is None else epochs)
     seed = _count("seed", seed, 0)
-    layout = Layout(params)
+    layout = _layout(obj, params)
     problem = _Problem(layout)
     unit = "it" if batch_size is None else "epoch"
     # A trial step may overflow: that is detected and reported here, so NumPy need not warn of it as well.
     with backend.activate(layout.device), numpy.errstate(over="ignore", invalid="ignore"):
         start = layout.arrays(params)
-        for where, array in zip(layout.names, start, strict=True):
-            if not bool(layout.xp.all(layout.xp.isfinite(array))):
+        finite = backend.fetch(layout.xp, *(layout.xp.all(layout.xp.isfinite(array)) for array in start))
+        for where, sound in zip(layout.names, finite, strict=True):
+            if not sound:
                 raise ValueError(f"{where} holds NaN or infinity: start from finite parameters")
         run = _Run(problem, start, name, total, unit, callback, progress)
         try:
