@@ -1281,9 +1281,9 @@ _NUMBERS = frozenset({bool, int, float, complex})
 
 def _cast(value, dtype):
     value = value._a if type(value) is ndarray else value
-    if getattr(value, "dtype", None) == dtype:
-        return value
-    return value.astype(dtype) if isinstance(value, (HOST, numpy.generic)) else dtype.type(value)
+    if isinstance(value, (HOST, numpy.generic)):
+        return value if value.dtype == dtype else value.astype(dtype)
+    return dtype.type(value)
 
 
 class ufunc:
