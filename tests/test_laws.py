@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import Place, assert_allclose, assert_array_equal, host, shares_memory, test_device_is_there  # noqa: F401
+from devices import Place, assert_allclose, assert_array_equal, host, problem, shares_memory
+from devices import test_device_is_there as test_device_is_there
 
 import gpugrad as gg
 from gpugrad import backend
@@ -446,6 +447,59 @@ LAWS += [(law_number, call) for call in CALLS if call.op.kind == "elementwise" a
 @pytest.mark.parametrize(("law", "call"), LAWS, ids=[f"{law.__name__[4:]}-{call.id}" for law, call in LAWS])
 def test_law(law, call, device):
     law(call.on(device))
+
+
+# --- on the device alone: counted by the stand-in -----------------------------------------------------------------
+
+# What may wait for the device, or send something to it, within an op and its rules; and why.
+WAITS = {
+    "getitem": "how many elements a mask takes decides the shape of the result",
+}
+UPLOADS = {
+    "einsum": "the positions of a diagonal, where one operand has a subscript twice",
+    "diagonal": "the positions of the diagonal, for its transpose",
+}
+
+
+def stays_on_the_device(call):
+    """Forward, reverse and recorded sweeps neither wait for the device nor send anything there or back."""
+    rng = call.rng()
+    arrays = call.draw(rng)
+    g = call.cotangents(call(*arrays), rng)
+
+    def sweep(create):
+        tensors = [gg.tensor(x, requires_grad=True) for x in arrays]
+        results = outputs_of(call(*tensors))
+        sum((o * c).sum() for o, c in zip(results, g, strict=True)).backward(create_graph=create)
+
+    for work in (lambda: call(*arrays), lambda: sweep(False), lambda: sweep(True)):
+        with call.device.cupy.counting() as count:
+            work()
+        if call.op.name not in WAITS:
+            assert count.syncs == 0
+            assert count.bytes_to_host == 0
+        if call.op.name not in UPLOADS:
+            assert count.bytes_to_device == 0
+
+
+ON_THE_STAND_IN = [] if problem("stand-in") else CALLS  # no case at all is one skip
+
+
+@pytest.mark.parametrize("call", ON_THE_STAND_IN, ids=[call.id for call in ON_THE_STAND_IN])
+def test_stays_on_the_device(call, stand_in):
+    stays_on_the_device(call.on(Place("stand-in", stand_in)))
+
+
+@pytest.mark.parametrize(("name", "counter"), [(n, "syncs") for n in WAITS] + [(n, "bytes_to_device") for n in UPLOADS])
+def test_exceptions_are_needed(name, counter, stand_in):
+    """What is excused above really does it: an entry that is not needed would hide a fault."""
+    place, total = Place("stand-in", stand_in), 0
+    for call in (call.on(place) for call in CALLS if call.op.name == name):
+        arrays = call.draw(call.rng())
+        with stand_in.counting() as count:
+            sum(o.sum() for o in outputs_of(call(*[gg.tensor(x, requires_grad=True) for x in arrays]))).backward()
+        total += getattr(count, counter)
+    assert total > 0
 
 
 def record_faults(op):
