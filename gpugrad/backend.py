@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy
 
-from gpugrad.errors import DeviceMismatch, DeviceUnavailable
+from gpugrad.errors import DeviceMismatch, DeviceUnavailable, GpugradError
 
 Array = Any  # numpy.ndarray | numpy.generic | cupy.ndarray: CuPy may not be installed
 Namespace = Any
 
 # What NumPy computes with directly: arrays, its own scalars, Python numbers.
 HOST_TYPES = frozenset({numpy.ndarray, bool, int, float, complex, *numpy.sctypeDict.values()})
+
+PLAIN = frozenset({list, tuple, bool, int, float, complex})  # what holds no array of another library by itself
 
 
 class Device(str):
@@ -324,8 +326,11 @@ def empty_pinned(shape: tuple[int, ...], dtype: Any) -> numpy.ndarray[Any, Any]:
 def asarray(obj: Any, dtype: Any = None, where: Device | None = None, copy: bool | None = None) -> Array:
     """Return `obj` (array, nested list, number) as an array on `where`, or for None where it is, lists on the default.
 
-    `copy` has the standard's meaning: True always copies, False never does (ValueError where a copy is needed).
+    Arrays of other libraries come by DLPack or `__cuda_array_interface__`, sharing their memory. `copy` has the
+    standard's meaning: True always copies, False never does (ValueError where a copy is needed).
     """
+    if type(obj) not in PLAIN and not is_array(obj):
+        obj = _taken_over(obj)
     if where is None:
         where = device_of(obj) if is_array(obj) else _default.device
     if is_cuda_array(obj):
@@ -344,6 +349,38 @@ def asarray(obj: Any, dtype: Any = None, where: Device | None = None, copy: bool
     if copy is False:
         raise ValueError(f"copy=False, but host data cannot be used on {where} without a copy")
     return to_device(host_array(numpy.asarray(obj, dtype=dtype), "asarray: the result"), where)
+
+
+def _taken_over(obj: Any) -> Any:
+    """Return an array of another library as one of NumPy or CuPy in the same memory; any other object as it is.
+
+    Raises TypeError for what they have no dtype for, or what its library does not hand out.
+    """
+    try:
+        if hasattr(obj, "__dlpack_device__"):
+            kind, number = obj.__dlpack_device__()
+            if kind in _DLPACK_HOST:
+                return numpy.from_dlpack(obj)
+            if kind in _DLPACK_CUDA:
+                with activate(Device(f"cuda:{int(number)}")):
+                    return cupy().from_dlpack(obj)
+        elif hasattr(obj, "__cuda_array_interface__"):
+            return cupy().asarray(obj)
+        else:
+            return obj
+    except GpugradError:
+        raise
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"asarray: a {type(obj).__module__}.{type(obj).__qualname__} of dtype {getattr(obj, 'dtype', None)} cannot "
+            f"be taken over ({error}); cast it to float32, say, detach it, or bring it to the CPU first"
+        ) from None
+    raise TypeError(f"asarray: a {type(obj).__qualname__} on DLPack device type {int(kind)}; expected the CPU or CUDA")
+
+
+# DLPack's device types: memory the host reads (its own, and pinned), and memory CUDA reads (its own, and managed)
+_DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)
+DLPACK_CPU = (1, 0)
 
 
 def _as_typed(array: Array, dtype: Any, copy: bool | None) -> Array:

@@ -140,15 +140,21 @@ class _Room:
                 f"Objective: one row does not fit in the memory of {self.device}: {why} {free:,} of {total:,} bytes "
                 "are free; make the model smaller, free other arrays, or use device='cpu'"
             )
+        for kept in self.feeders.values():
+            while kept:
+                kept.pop().close()
         backend.release_memory(self.device)
-        self.rows, self.news = rows // 2, True
+        self.limit(rows // 2)
+
+    def limit(self, rows: int) -> None:
+        self.rows, self.news = rows, True
 
     def tell(self) -> None:
         """Warn, once, that blocks are smaller now."""
         if self.news and not self.told:
             self.told = True
             warnings.warn(
-                f"Objective: out of memory on {self.device}; going on with blocks of {self.rows} rows",
+                f"Objective: a block does not fit in {self.device}'s memory; going on with blocks of {self.rows} rows",
                 DeviceMemoryWarning,
                 stacklevel=2,
             )
@@ -467,7 +473,7 @@ class Objective:
         if not self._streamed:
             self._in_blocks(0, self.rows, size, self._between, work)
             return
-        feeder = self._feeder(size)
+        feeder = self._feeder(min(size, self._room.rows or size))
         size = min(size, feeder.rows)
         step = feeder.rows // size * size
         parts = [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
@@ -521,10 +527,6 @@ class Objective:
 
     def _feeder(self, size: int, fresh: bool = False) -> Feeder:
         """Take out a feeder for blocks, or for mini-batches that keep their memory, of `size` rows."""
-        rows = size
-        if not fresh:
-            limit = min(FEED_BYTES, backend.memory(self.device)[0] // 8)
-            rows = min(max(limit // (self._row_bytes() * size), 1) * size, self.rows)
         kept = self._room.feeders[fresh]
         while kept:
             feeder = kept.pop()
@@ -532,16 +534,22 @@ class Objective:
                 return feeder
             feeder.close()
         host = [a for a in self.data if isinstance(a, numpy.ndarray)]
+        if fresh:
+            return Feeder(host, size, self.device, fresh=True)
+        fitting = max(backend.memory(self.device)[0] // (8 * self._row_bytes()), 1)  # two of them are a quarter
+        if fitting < size and self._block_size != "auto":
+            self._room.limit(fitting)
         while True:
+            size = min(size, fitting)
+            rows = min(max(min(fitting, FEED_BYTES // self._row_bytes()) // size, 1) * size, self.rows)
             try:
-                return Feeder(host, rows, self.device, fresh=fresh)
+                return Feeder(host, rows, self.device)
             except Exception as error:
-                if fresh or not backend.out_of_memory(error):
+                if not backend.out_of_memory(error):
                     raise
                 why = str(error)
-            if rows <= size:
-                self._room.halve(rows, why)
-            rows = max(rows // 2, 1)
+            self._room.halve(rows, why)
+            fitting = rows // 2
 
     def _beside(self, fed: Sequence[Any], part: Any) -> tuple[Any, ...]:
         """Put arrays that were fed to the GPU beside the same rows of those that are there."""
@@ -631,7 +639,7 @@ class Objective:
         if self.device.kind == "cuda":
             fitting = min(CUDA_TAPE_BYTES, backend.memory(self.device)[0] // 2) // taped
             if self._streamed:
-                fitting = min(fitting, FEED_BYTES // self._row_bytes())
+                fitting = min(fitting, min(FEED_BYTES, backend.memory(self.device)[0] // 8) // self._row_bytes())
             return max(1, int(fitting)), 0
         fitting = int(min(DATA_BYTES / data, OPERAND_BYTES / wide, HOST_TAPE_BYTES / self._threads / taped))
         return max(1, min(fitting, 1 << 17)), int(WORTH_A_THREAD / max(data, wide))

@@ -110,12 +110,62 @@ class Tensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "ndarray[Any, Any]":
         if self.device.kind != "cpu":
             raise DeviceMismatch(f"numpy.asarray of a Tensor on {self.device} would copy it unasked; use t.numpy()")
+        self._refuse_tracked("a NumPy function, or numpy.asarray,", "t.numpy()")
+        return numpy.array(self._data, dtype=dtype, copy=copy)
+
+    def _refuse_tracked(self, who: str, remedy: str) -> None:
         if self._node is not None and _op.recording.on:
             raise NotDifferentiable(
-                "a NumPy function, or numpy.asarray, got a Tensor on the tape, and its gradient would be lost: use "
-                "gpugrad's function of that name, or t.numpy() if the values alone are meant"
+                f"{who} got a Tensor on the tape, and its gradient would be lost: use gpugrad's function of that name, "
+                f"or {remedy} if the values alone are meant"
             )
-        return numpy.array(self._data, dtype=dtype, copy=copy)
+
+    # ----------------------------------------------------------------------------------- to other array libraries
+
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """Export by DLPack: `torch.from_dlpack(t)`. A Tensor over an array of the user's shares its memory.
+
+        What gpugrad owns goes out as a copy, since a consumer may write to it and not all heed a read-only mark.
+        Raises NotDifferentiable for a Tensor on the tape, BufferError where copy=False cannot be had.
+        """
+        self._refuse_tracked("DLPack", "t.detach()")
+        options = {"stream": stream, "max_version": max_version, "dl_device": dl_device}
+        data, on_cpu = self._data, self.device.kind == "cpu"
+        shared = self._external and (not on_cpu or (type(data) is ndarray and data.flags.writeable))
+        if not shared and copy is False:
+            raise BufferError("this memory is gpugrad's own, or read-only, and goes out as a copy: leave copy out")
+        if on_cpu:
+            data, options["copy"] = numpy.asarray(data), True if not shared else copy
+        elif dl_device == backend.DLPACK_CPU:
+            options["copy"] = copy
+        elif copy or not shared:
+            with backend.activate(self.device):
+                data = data.copy()  # CuPy leaves that to us
+        return data.__dlpack__(**{key: value for key, value in options.items() if value is not None})
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        if self.device.kind == "cpu":
+            return backend.DLPACK_CPU
+        return self._data.__dlpack_device__()  # type: ignore[no-any-return]
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.device.kind == "cpu":
+            raise AttributeError("a Tensor on the CPU has no __cuda_array_interface__; move it with t.to('cuda')")
+        self._refuse_tracked("a CuPy function, or __cuda_array_interface__,", "t.detach()")
+        if not self._external:
+            # Whoever reads this may write: the Tensor moves to memory that the tape knows nothing of.
+            with backend.activate(self.device):
+                self._data = self._data.copy()
+            self._external = True
+        return self._data.__cuda_array_interface__  # type: ignore[no-any-return]
 
     def __float__(self) -> float:
         return float(self._data.item())

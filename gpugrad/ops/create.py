@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from numpy import ndarray
+
 from gpugrad import backend
 from gpugrad.op import box
 from gpugrad.tape import new_leaf
@@ -30,8 +32,10 @@ def tensor(data: Any, *, dtype: Any = None, device: str | None = None, requires_
 def asarray(obj: Any, *, dtype: Any = None, device: str | None = None, copy: bool | None = None) -> Tensor:
     """Return obj as a Tensor, sharing the memory of an array where possible (the Array API standard's asarray).
 
-    dtype, device: as for `tensor`; a device given by name is where the result will be. copy: True always copies,
-    False raises ValueError where a copy would be needed, None copies only then.
+    obj: an array of NumPy or CuPy, or of any library that speaks DLPack (PyTorch, JAX) or `__cuda_array_interface__`;
+    a Tensor, nested lists, a number. dtype, device: as for `tensor`; a device given by name is where the result will
+    be. copy: True always copies, False raises ValueError where a copy would be needed, None copies only then.
+    Raises TypeError for a dtype that NumPy and CuPy have not, such as bfloat16.
     """
     where = None if device is None else backend.as_device(device)
     plain = _plain(obj)
@@ -43,5 +47,10 @@ def asarray(obj: Any, *, dtype: Any = None, device: str | None = None, copy: boo
 
         moved: Tensor = astype(to_device(obj, device=backend.device_of(array), source=obj.device), dtype=array.dtype)
         return moved
-    result: Tensor = box(array, None, external=plain is not None and backend.is_array(plain))
+    # NumPy and CuPy say of their own arrays, and of fresh ones, whether memory is shared; of other objects nobody does.
+    known = type(plain) in backend.PLAIN or backend.is_array(plain)
+    external = (array is plain or array.base is not None) if known else copy is not True
+    if not external and isinstance(array, ndarray):
+        array.flags.writeable = False
+    result: Tensor = box(array, None, external)
     return result
