@@ -94,6 +94,8 @@ def _swish_kept(xp: Any, x: Any, beta: Any) -> Any:
 
 def _finite(x: Any) -> Any:
     """x, and 0 for an infinite x, where the factor beside it has reached 0."""
+    if not hasattr(x, "dtype"):
+        return 0.0 if math.isinf(x) else x
     return where((x == math.inf) | (x == -math.inf), 0 * sigmoid(x), x)
 
 

@@ -141,7 +141,7 @@ def _limits(x: Any) -> Any:
 
 where: Function = elementwise(
     "where",
-    forward=lambda xp, condition, x, y: xp.where(condition, x, y),
+    forward=lambda xp, condition, x, y: xp.where(_truth(condition), x, y),
     partials=(0, lambda _z, condition, _x, _y: _truth(condition), lambda _z, condition, _x, _y: ~_truth(condition)),
     domain=[(1, 2), (-3, 3), (-3, 3)],
     masks=True,
@@ -151,7 +151,7 @@ where: Function = elementwise(
 
 def _truth(condition: Any) -> Any:
     if not hasattr(condition, "dtype"):
-        return numpy.bool_(condition)  # ~ of a Python bool is an integer
+        return numpy.bool_(condition)  # ~ of a Python bool is an integer, and CuPy wants something with a dtype
     return condition if condition.dtype.kind == "b" else condition != 0
 
 
@@ -166,7 +166,7 @@ masked_product = elementwise(
 )
 selected = elementwise(
     "selected",
-    forward=lambda xp, x, condition: xp.where(condition, x, 0),
+    forward=lambda xp, x, condition: xp.where(_truth(condition), x, 0),
     partials=(lambda _z, _x, condition: _truth(condition), 0),
     domain=[(-3, 3), (1, 2)],
     masks=True,
