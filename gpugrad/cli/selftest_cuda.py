@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import optree
 
 import gpugrad as gg
 from gpugrad import backend, kernels
-from gpugrad.cli.selftest_report import DOUBLE, HALF, SINGLE, Host, Run
+from gpugrad.cli.selftest_report import DOUBLE, HALF, SINGLE, Host, Run, host
 from gpugrad.cli.selftest_sums import views
+from gpugrad.errors import DeviceMemoryWarning
 
 Exact = list[tuple[Host, Any]]  # each output, and the error allowed in units of the rounding of the accumulate type
 
@@ -333,3 +337,54 @@ def memory(run: Run) -> None:
                 finally:
                     gc.enable()
                 run.holds("memory in use after it", after == before, f"{after:,} bytes", f"{before:,} as before")
+
+
+@contextmanager
+def _room(pool: Any, size: int) -> Iterator[None]:
+    """Leave CuPy's memory pool no more than `size` bytes above what is in use."""
+    before = pool.get_limit()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + size)
+    try:
+        yield
+    finally:
+        pool.set_limit(size=before)
+
+
+def short_of_memory(run: Run) -> None:
+    """Data that the device has no room for is streamed, blocks that do not fit are halved: with the same results."""
+    pool = backend.cupy().get_default_memory_pool()
+    rng, rows = np.random.default_rng(9), 6_007 if run.quick else 40_009
+    X, y = (rng.normal(size=s).astype(SINGLE) for s in ((rows, 16), (rows,)))
+    where = str(run.where)
+    params = gg.nn.init_mlp([16, 8, 1], device=where)
+
+    def loss(p: Any, X: Any, y: Any) -> Any:
+        return gg.squared_error(gg.nn.mlp(p, X)[:, 0], y)
+
+    def compare(got: Any, want: Any) -> None:
+        run.near("value", np.float64(got[0]), want[0], 1e-5 * want[0])
+        pairs = zip(optree.tree_leaves(got[1]), optree.tree_leaves(want[1]), strict=True)
+        for i, (a, b) in enumerate(pairs):
+            b = host(b)
+            run.near(f"gradient {i}", a, b, 1e-5 * np.max(np.abs(b)), SINGLE)
+
+    with run.group("short of memory"):
+        exact = gg.Objective(loss, (run.put(X), run.put(y)), device=where)
+        want = exact.value_and_grad(params)
+        options: dict[str, Any] = {"method": "sgd", "lr": 1e-3, "batch_size": 1_000, "epochs": 1}
+        fitted = gg.minimize(exact, params, **options)
+        with run.case("streamed from the host"), _room(pool, X.nbytes // 2):
+            streamed = gg.Objective(loss, (X, y), device=where)
+            there = [backend.is_cuda_array(a) for a in streamed.data]
+            run.holds("data left on the host", not any(there), f"on the device: {there}", "all on the host")
+            compare(streamed.value_and_grad(params), want)
+            again = gg.minimize(streamed, params, **options)
+            compare((again.fun, again.params), (fitted.fun, fitted.params))
+        with run.case("blocks halved"), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            objective = gg.Objective(loss, (run.put(X), run.put(y)), device=where, block_size=rows)
+            with _room(pool, rows * 8 * 4 * 2):  # the tape of all rows takes more
+                compare(objective.value_and_grad(params), want)
+            found = [w for w in said if issubclass(w.category, DeviceMemoryWarning)]
+            run.holds("warnings", len(found) == 1, f"{len(found)} of them", "one")
