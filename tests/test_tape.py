@@ -8,9 +8,11 @@ import weakref
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from devices import assert_allclose, assert_array_equal, host, shares_memory
+from devices import test_device_is_there as test_device_is_there
 
 import gpugrad as gg
+from gpugrad import backend
 from gpugrad.errors import DeviceUnavailable, GraphFreed, MutatedArray, NotDifferentiable, ShapeMismatch
 from gpugrad.op import SNAPSHOT_BYTES
 from gpugrad.tensor import Tensor
@@ -18,21 +20,33 @@ from gpugrad.tensor import Tensor
 BIG = SNAPSHOT_BYTES // 8 + 1000  # float64 elements: just above what is copied
 
 
-def leaf(data, dtype=None):
+def leaf_on_cpu(data, dtype=None):
     return gg.tensor(data, dtype=dtype, requires_grad=True)
+
+
+@pytest.fixture
+def leaf(device):
+    """A function that makes leaves on the device."""
+    return lambda data, dtype=None: gg.tensor(data, dtype=dtype, device=device, requires_grad=True)
+
+
+@pytest.fixture
+def tensor(device):
+    """A function that makes constants on the device."""
+    return lambda data: gg.tensor(data, device=device)
 
 
 # --- backward ---------------------------------------------------------------------------------------------
 
 
-def test_example():
+def test_example(leaf):
     """f = x*y + x at x = 2, y = 3."""
     x, y = leaf(2.0), leaf(3.0)
     (x * y + x).backward()
     assert (x.grad.item(), y.grad.item()) == (4, 2)
 
 
-def test_diamond():
+def test_diamond(leaf):
     """Two ways from x to the end add up."""
     x = leaf([0.5, -1.0])
     a = gg.exp(x)
@@ -43,7 +57,7 @@ def test_diamond():
 
 def test_deep_diamonds():
     """2**60 paths through 60 diamonds: each node is visited once."""
-    x = leaf(1.0)
+    x = leaf_on_cpu(1.0)
     y = x
     for _ in range(60):
         y = 0.5 * (y + y)
@@ -51,20 +65,20 @@ def test_deep_diamonds():
     assert x.grad.item() == 1
 
 
-def test_same_tensor_in_all_places():
+def test_same_tensor_in_all_places(leaf, device):
     x = leaf([2.0, 3.0])
     (x * x).sum().backward()
     assert_array_equal(x.grad, [4, 6])
     m = leaf([[1.0, 2.0], [3.0, 4.0]])
     (m @ m).sum().backward()
     ones = np.ones((2, 2))
-    assert_array_equal(m.grad, ones @ m.data.T + m.data.T @ ones)
+    assert_array_equal(m.grad, ones @ m.numpy().T + m.numpy().T @ ones)
     t = leaf([1.0, 2.0])
-    gg.concat([t, t, t]).backward(np.arange(6.0))
+    gg.concat([t, t, t]).backward(device.put(np.arange(6.0)))
     assert_array_equal(t.grad, [0 + 2 + 4, 1 + 3 + 5])
 
 
-def test_gradients_accumulate_until_zero_grad():
+def test_gradients_accumulate_until_zero_grad(leaf):
     x = leaf([1.0, 2.0])
     (x * 3.0).sum().backward()
     (x * 4.0).sum().backward()
@@ -77,7 +91,7 @@ def test_gradients_accumulate_until_zero_grad():
     assert_array_equal(first, [7, 7])
 
 
-def test_accumulated_gradients_do_not_share_memory():
+def test_accumulated_gradients_do_not_share_memory(leaf):
     """The sum made by the second backward is not written into what the first one gave."""
     x = leaf([1.0, 2.0])
     (x * 3.0).sum().backward()
@@ -87,7 +101,7 @@ def test_accumulated_gradients_do_not_share_memory():
     assert_array_equal(first, before)
 
 
-def test_only_leaves_collect():
+def test_only_leaves_collect(leaf):
     x = leaf([1.0, 2.0])
     y = x * 2.0
     y.sum().backward()
@@ -95,13 +109,13 @@ def test_only_leaves_collect():
     assert x.grad is not None
 
 
-def test_unreached_leaf_has_no_gradient():
+def test_unreached_leaf_has_no_gradient(leaf):
     x, y = leaf(1.0), leaf(2.0)
     (x * 2.0).backward()
     assert y.grad is None
 
 
-def test_retain_graph():
+def test_retain_graph(leaf):
     x = leaf([1.0, 2.0])
     y = (x * x).sum()
     y.backward(retain_graph=True)
@@ -113,7 +127,7 @@ def test_retain_graph():
     assert_array_equal(x.grad, [6, 12])
 
 
-def test_freed_part_of_a_larger_graph():
+def test_freed_part_of_a_larger_graph(leaf):
     x = leaf([1.0, 2.0])
     y = x * x
     y.sum().backward()
@@ -121,7 +135,7 @@ def test_freed_part_of_a_larger_graph():
         (y * 2.0).sum().backward()
 
 
-def test_freed_multiple_outputs():
+def test_freed_multiple_outputs(leaf):
     x = leaf([[2.0, 0.5], [0.5, 1.0]])
     w, v = gg.linalg.eigh(x)
     w.sum().backward()
@@ -129,7 +143,7 @@ def test_freed_multiple_outputs():
         v.sum().backward()
 
 
-def test_create_graph():
+def test_create_graph(leaf):
     x = leaf([1.0, 2.0])
     (x**3).sum().backward(create_graph=True)
     g = x.grad
@@ -140,13 +154,13 @@ def test_create_graph():
     assert not x.grad.requires_grad
 
 
-def test_without_create_graph_the_gradient_is_off_the_tape():
+def test_without_create_graph_the_gradient_is_off_the_tape(leaf):
     x = leaf([1.0, 2.0])
     (x**3).sum().backward()
     assert not x.grad.requires_grad
 
 
-def test_third_order():
+def test_third_order(leaf):
     x = leaf(0.7)
     y = gg.sin(x)
     for _ in range(3):
@@ -156,26 +170,26 @@ def test_third_order():
     assert y.item() == pytest.approx(-np.cos(0.7), rel=1e-15)
 
 
-def test_cotangent():
+def test_cotangent(tensor, leaf, device):
     x = leaf([1.0, 2.0])
-    (x * x).backward(np.array([10.0, 100.0]))
+    (x * x).backward(device.put([10.0, 100.0]))
     assert_array_equal(x.grad, [20, 400])
     x.zero_grad()
-    (x * x).backward(gg.tensor([1.0, 1.0]))
+    (x * x).backward(tensor([1.0, 1.0]))
     assert_array_equal(x.grad, [2, 4])
     x.zero_grad()
     (x * x).backward([1, 2])
     assert_array_equal(x.grad, [2, 8])
 
 
-def test_cotangent_of_another_dtype_is_cast():
+def test_cotangent_of_another_dtype_is_cast(leaf, device):
     x = leaf(np.ones(2, np.float32))
-    (x * 2.0).backward(np.array([1.0, 0.1]))
+    (x * 2.0).backward(device.put([1.0, 0.1]))
     assert x.grad.dtype == np.float32
     assert_array_equal(x.grad, np.array([2, 0.2], np.float32))
 
 
-def test_recorded_cotangent():
+def test_recorded_cotangent(leaf):
     """With create_graph the gradient depends on the cotangent too."""
     x, c = leaf([1.0, 2.0]), leaf([3.0, 4.0])
     (x * x).backward(c, create_graph=True)
@@ -183,16 +197,16 @@ def test_recorded_cotangent():
     assert_array_equal(c.grad, [2, 4])
 
 
-def test_backward_errors():
+def test_backward_errors(leaf, device):
     x = leaf([1.0, 2.0])
     with pytest.raises(ShapeMismatch, match=r"non-scalar.*\(2,\).*sum"):
         (x * 2.0).backward()
     with pytest.raises(ShapeMismatch, match=r"shape \(3,\).*\(2,\)"):
-        (x * 2.0).backward(np.ones(3))
+        (x * 2.0).backward(device.put(np.ones(3)))
     with pytest.raises(ShapeMismatch, match=r"\(1, 2\)"):
-        (x * 2.0).backward(np.ones((1, 2)))
+        (x * 2.0).backward(device.put(np.ones((1, 2))))
     with pytest.raises(ShapeMismatch):
-        (x * 2.0).sum().backward(np.ones(1))
+        (x * 2.0).sum().backward(device.put(np.ones(1)))
     with pytest.raises(NotDifferentiable, match="requires_grad"):
         gg.tensor([1.0]).sum().backward()
     with pytest.raises(NotDifferentiable):
@@ -214,7 +228,7 @@ def test_unknown_device():
             gg.tensor([1.0], device="cuda")
 
 
-def test_integer_results_carry_no_gradient():
+def test_integer_results_carry_no_gradient(leaf):
     x = leaf([1.5, 2.5])
     assert not x.astype("int64").requires_grad
     assert not (x > 2).requires_grad
@@ -222,7 +236,7 @@ def test_integer_results_carry_no_gradient():
     assert_array_equal(x.grad, [1, 2])
 
 
-def test_cast_and_back():
+def test_cast_and_back(leaf):
     x = leaf([1.1, 2.2])
     (x.astype("float32") * 3.0).sum().backward()
     assert x.grad.dtype == np.float64
@@ -244,11 +258,12 @@ def decompositions(rng):
 
 
 @pytest.mark.parametrize("which", range(4), ids=["svd", "qr", "eigh", "slogdet"])
-def test_some_outputs_used(which, rng):
+def test_some_outputs_used(which, rng, device):
     """Gradients through one output or several are those of the sum, each against differences."""
     function, x, outputs = decompositions(rng)[which]
-    weights = [rng.normal(size=part.shape) for part in function(x)]
-    whole = np.zeros_like(x)
+    x = device.put(x)
+    weights = [device.put(rng.normal(size=part.shape)) for part in function(x)]
+    whole = 0 * x
     for k in range(outputs):
 
         def one(a, k=k):
@@ -257,17 +272,17 @@ def test_some_outputs_used(which, rng):
         gg.check_grads(one, [x], order=1)
         whole += gg.grad(one)(x)
     together = gg.grad(lambda a: sum((part * w).sum() for part, w in zip(function(a), weights, strict=True)))(x)
-    assert_allclose(together, whole, rtol=0, atol=1e-12 * np.max(np.abs(whole)))
+    assert_allclose(together, whole, rtol=0, atol=1e-12 * np.max(np.abs(host(whole))))
 
 
-def test_no_output_used():
+def test_no_output_used(leaf):
     x = leaf([[2.0, 0.5], [0.5, 1.0]])
     gg.linalg.eigh(x)
     (x * 2.0).sum().backward()
     assert_array_equal(x.grad, np.full((2, 2), 2.0))
 
 
-def test_output_used_twice():
+def test_output_used_twice(leaf):
     x = leaf([[2.0, 0.5], [0.5, 1.0]])
     w = gg.linalg.eigh(x).eigenvalues
     (w + w).sum().backward()
@@ -289,8 +304,8 @@ def test_tape():
     assert not w.requires_grad
 
 
-def test_tape_is_used_up():
-    w = gg.tensor([1.0, 2.0])
+def test_tape_is_used_up(tensor):
+    w = tensor([1.0, 2.0])
     with gg.Tape() as tape:
         tape.watch(w)
         loss = (w * w).sum()
@@ -299,8 +314,8 @@ def test_tape_is_used_up():
         tape.gradient(loss, w)
 
 
-def test_persistent_tape():
-    w = gg.tensor([1.0, 2.0])
+def test_persistent_tape(tensor):
+    w = tensor([1.0, 2.0])
     with gg.Tape(persistent=True) as tape:
         tape.watch(w)
         y = w * w
@@ -310,8 +325,8 @@ def test_persistent_tape():
     assert_array_equal(tape.gradient(other, w), [4, 32])
 
 
-def test_tape_structures():
-    params = {"w": gg.tensor([1.0, 2.0]), "layers": [gg.tensor(3.0), (gg.tensor([4.0]),)]}
+def test_tape_structures(tensor):
+    params = {"w": tensor([1.0, 2.0]), "layers": [tensor(3.0), (tensor([4.0]),)]}
     with gg.Tape() as tape:
         tape.watch(params)
         loss = params["w"].sum() * params["layers"][0]
@@ -321,8 +336,8 @@ def test_tape_structures():
     assert_array_equal(grads["layers"][1][0], [0])  # not used: zero
 
 
-def test_tape_of_an_intermediate():
-    w = gg.tensor([1.0, 2.0])
+def test_tape_of_an_intermediate(tensor):
+    w = tensor([1.0, 2.0])
     with gg.Tape(persistent=True) as tape:
         tape.watch(w)
         y = w * 3.0
@@ -333,24 +348,24 @@ def test_tape_of_an_intermediate():
     assert_array_equal(both[1], [6, 12])
 
 
-def test_tape_output_gradients():
-    w = gg.tensor([1.0, 2.0])
+def test_tape_output_gradients(tensor, device):
+    w = tensor([1.0, 2.0])
     with gg.Tape() as tape:
         tape.watch(w)
         y = w * w
-    assert_array_equal(tape.gradient(y, w, output_gradients=np.array([1.0, 10.0])), [2, 40])
+    assert_array_equal(tape.gradient(y, w, output_gradients=device.put([1.0, 10.0])), [2, 40])
 
 
-def test_tape_errors():
-    w = gg.tensor([1.0, 2.0])
+def test_tape_errors(tensor, device):
+    w = tensor([1.0, 2.0])
     with gg.Tape(persistent=True) as tape:
         with pytest.raises(TypeError, match="ndarray; wrap it"):
             tape.watch(np.ones(2))
         with pytest.raises(NotDifferentiable, match="int64"):
-            tape.watch(gg.tensor([1, 2]))
+            tape.watch(tensor([1, 2]))
         tape.watch(w)
         y = w * w
-        stranger = gg.tensor([1.0])
+        stranger = tensor([1.0])
     with pytest.raises(ShapeMismatch, match="non-scalar"):
         tape.gradient(y, w)
     with pytest.raises(NotDifferentiable, match="not watched"):
@@ -358,11 +373,11 @@ def test_tape_errors():
     with pytest.raises(TypeError, match="target is a float"):
         tape.gradient(3.0, w)
     with pytest.raises(ShapeMismatch):
-        tape.gradient(y, w, output_gradients=np.ones(3))
+        tape.gradient(y, w, output_gradients=device.put(np.ones(3)))
 
 
-def test_nested_tapes():
-    x = gg.tensor(3.0)
+def test_nested_tapes(tensor):
+    x = tensor(3.0)
     with gg.Tape() as outer:
         outer.watch(x)
         with gg.Tape() as inner:
@@ -373,15 +388,15 @@ def test_nested_tapes():
     assert outer.gradient(dy, x).item() == pytest.approx(18, rel=1e-15)
 
 
-def test_tape_records_inside_no_grad():
-    w = gg.tensor([1.0, 2.0])
+def test_tape_records_inside_no_grad(tensor):
+    w = tensor([1.0, 2.0])
     with gg.no_grad(), gg.Tape() as tape:
         tape.watch(w)
         loss = (w * w).sum()
     assert_array_equal(tape.gradient(loss, w), [2, 4])
 
 
-def test_tape_of_a_leaf_leaves_its_grad_alone():
+def test_tape_of_a_leaf_leaves_its_grad_alone(leaf):
     x = leaf([1.0, 2.0])
     with gg.Tape() as tape:
         tape.watch(x)
@@ -408,7 +423,7 @@ def test_tape_gives_up_after_an_exception():
 # --- no_grad ------------------------------------------------------------------------------------------------
 
 
-def test_no_grad():
+def test_no_grad(leaf):
     x = leaf([1.0])
     with gg.no_grad():
         assert not (x * 2.0).requires_grad
@@ -418,7 +433,7 @@ def test_no_grad():
     assert (x * 2.0).requires_grad
 
 
-def test_no_grad_as_a_decorator():
+def test_no_grad_as_a_decorator(leaf):
     x = leaf([1.0])
 
     @gg.no_grad()
@@ -431,7 +446,7 @@ def test_no_grad_as_a_decorator():
     assert double.__doc__ == "Twice."
 
 
-def test_no_grad_ends_with_an_exception():
+def test_no_grad_ends_with_an_exception(leaf):
     x = leaf([1.0])
     with pytest.raises(KeyError), gg.no_grad():
         raise KeyError
@@ -439,7 +454,7 @@ def test_no_grad_ends_with_an_exception():
 
 
 def test_no_grad_of_one_thread_only():
-    x = leaf([1.0])
+    x = leaf_on_cpu([1.0])
     seen = []
     with gg.no_grad():
         worker = threading.Thread(target=lambda: seen.append((x * 2.0).requires_grad))
@@ -448,11 +463,11 @@ def test_no_grad_of_one_thread_only():
     assert seen == [True]
 
 
-def test_detach():
+def test_detach(leaf):
     x = leaf([1.0, 2.0])
     (x.detach() * x).sum().backward()
     assert_array_equal(x.grad, [1, 2])
-    assert x.detach().data is x.data
+    assert x.detach()._data is x._data
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -469,7 +484,7 @@ def no_gc():
 
 def test_long_chain():
     """100,000 ops: no recursion, forward, backward or when it is freed."""
-    x = leaf(1.0)
+    x = leaf_on_cpu(1.0)
     y = x
     for _ in range(100_000):
         y = y + 1e-5
@@ -485,7 +500,7 @@ def test_long_chain():
 
 def test_long_chain_does_not_leak(no_gc):
     def run():
-        x = leaf(1.0)
+        x = leaf_on_cpu(1.0)
         y = x
         for _ in range(20_000):
             y = y * 1.0001
@@ -515,10 +530,10 @@ def nodes_of(tensor):
 
 
 @pytest.mark.parametrize("sweep", ["none", "backward", "retain_graph", "create_graph"])
-def test_graph_is_freed_by_reference_counting(no_gc, sweep):
+def test_graph_is_freed_by_reference_counting(no_gc, sweep, leaf, device):
     x = leaf(np.arange(1.0, 4.0))
     y = gg.swish(gg.exp(x) * x, 0.5)
-    w, _ = gg.linalg.eigh(gg.outer(y, y) + np.diag([1.0, 2.0, 3.0]))
+    w, _ = gg.linalg.eigh(gg.outer(y, y) + device.put(np.diag([1.0, 2.0, 3.0])))
     loss = (w * gg.where(w > 0, gg.sqrt(gg.abs(w)), 0.0)).sum()
     alive = nodes_of(loss)
     assert len(alive) > 8
@@ -533,7 +548,7 @@ def test_graph_is_freed_by_reference_counting(no_gc, sweep):
 
 def test_backward_frees_what_was_saved(no_gc):
     """After backward the intermediate arrays are gone, though the loss is still held."""
-    x = leaf(np.ones(300_000))
+    x = leaf_on_cpu(np.ones(300_000))
     y = gg.exp(x)
     saved = weakref.ref(y._data)
     loss = y.sum()
@@ -557,7 +572,7 @@ def test_transform_frees_everything(no_gc):
     assert [ref for ref in kept if ref() is not None] == []
 
 
-def test_error_in_backward_leaves_recording_as_it_was():
+def test_error_in_backward_leaves_recording_as_it_was(leaf):
     x = leaf([1.0])
     y = (x * 2.0).sum()
     y.backward()
@@ -584,7 +599,7 @@ def test_threads():
                 with gg.no_grad():
                     got = gg.grad(lambda x, a=a: (gg.sin(x * a) * shared).sum())(shared)
             elif k % 3 == 1:
-                x = leaf(shared)
+                x = leaf_on_cpu(shared)
                 (gg.sin(x * a) * shared).sum().backward()
                 got = x.grad.numpy()
             else:
@@ -609,7 +624,7 @@ def test_threads():
 
 def product_rule(array):
     """x * array with its own gradient wanted in x: the array is saved."""
-    x = leaf(np.ones(array.shape, array.dtype))
+    x = gg.tensor(np.ones(array.shape, array.dtype), device=backend.device_of(array), requires_grad=True)
     return x, (x * array).sum()
 
 
@@ -625,9 +640,11 @@ def product_rule(array):
     ],
     ids=["array", "strided", "transposed", "broadcast", "fortran", "0-d"],
 )
-def test_small_array_changed_in_place(make):
+def test_small_array_changed_in_place(make, device):
     """Up to a size the tape keeps a copy: the gradient is that of the forward pass."""
     array = make()
+    if not device.on_cpu:
+        array = device.cupy.asarray(array)
     before = array.copy()
     x, y = product_rule(array)
     base = array
@@ -656,8 +673,8 @@ def test_small_view_and_preexisting_view():
     assert_array_equal(x.grad, [0, 1, 2])
 
 
-def test_asarray_shares_memory_and_is_watched():
-    array = np.arange(1.0, 4.0)
+def test_asarray_shares_memory_and_is_watched(device):
+    array = device.put(np.arange(1.0, 4.0))
     t = gg.asarray(array)
     with gg.Tape() as tape:
         tape.watch(t)
@@ -751,7 +768,7 @@ def test_big_array_through_a_view(rng):
 def test_big_array_changed_after_create_graph(rng):
     """A second sweep over a recorded one checks again."""
     array = rng.normal(size=BIG)
-    x = leaf(np.ones(BIG))
+    x = leaf_on_cpu(np.ones(BIG))
     ((x * array) ** 2).sum().backward(create_graph=True)
     g = x.grad
     array[0] += 1
@@ -761,7 +778,7 @@ def test_big_array_changed_after_create_graph(rng):
 
 def test_big_array_in_matmul(rng):
     a = rng.normal(size=(600, 300))
-    w = leaf(rng.normal(size=300))
+    w = leaf_on_cpu(rng.normal(size=300))
     y = (a @ w).sum()
     a[0, 0] += 1
     with pytest.raises(MutatedArray, match="matmul"):
@@ -770,7 +787,7 @@ def test_big_array_in_matmul(rng):
 
 def test_big_result_of_an_op_is_not_checked():
     """Arrays that gpugrad made itself cannot be written to: the tape keeps them as they are."""
-    x = leaf(np.ones(BIG))
+    x = leaf_on_cpu(np.ones(BIG))
     y = gg.exp(x)
     assert y._node.guard is None
     with pytest.raises(ValueError, match="read-only"):
@@ -785,13 +802,13 @@ def test_memory_mapped_array(tmp_path, rng):
     before = np.array(mapped)
     y.backward()
     assert_array_equal(x.grad, before)
-    x = leaf(np.ones(BIG))
+    x = leaf_on_cpu(np.ones(BIG))
     y = (x * mapped).sum()
     mapped[7] += 1
     with pytest.raises(MutatedArray):
         y.backward()
     small = np.load(path, mmap_mode="r+")[:100]
-    x = leaf(np.ones(100))
+    x = leaf_on_cpu(np.ones(100))
     y = (x * small).sum()
     before = np.array(small)
     small[...] = 0
@@ -805,7 +822,7 @@ def test_memory_mapped_read_only_file_changed_by_another(tmp_path, rng):
     np.save(path, rng.normal(size=100))
     mapped = np.load(path, mmap_mode="r")
     before = np.array(mapped)
-    x = leaf(np.ones(100))
+    x = leaf_on_cpu(np.ones(100))
     y = (x * mapped).sum()
     np.load(path, mmap_mode="r+")[...] = 0
     try:
@@ -826,20 +843,20 @@ def test_array_over_a_buffer():
     assert_array_equal(x.grad, [1, 2, 3])
 
 
-def test_index_array_changed_in_place():
-    index = np.array([0, 2, 2])
+def test_index_array_changed_in_place(leaf, device):
+    index = device.put([0, 2, 2])
     x = leaf([1.0, 2.0, 3.0])
     for pick in (lambda: x[index], lambda: gg.take(x, index), lambda: x[(index,)], lambda: x[[0, 2, 2]]):
         x.zero_grad()
         y = pick()
         index[...] = 1
-        y.backward(np.array([1.0, 10.0, 100.0]))
+        y.backward(device.put([1.0, 10.0, 100.0]))
         assert_array_equal(x.grad, [1, 0, 110])
-        index[...] = [0, 2, 2]
+        index[...] = device.put([0, 2, 2])
 
 
-def test_mask_changed_in_place():
-    mask = np.array([True, False, True])
+def test_mask_changed_in_place(leaf, device):
+    mask = device.put([True, False, True])
     x = leaf([1.0, 2.0, 3.0])
     y = x[mask]
     mask[...] = False
@@ -847,8 +864,8 @@ def test_mask_changed_in_place():
     assert_array_equal(x.grad, [1, 0, 1])
 
 
-def test_condition_changed_in_place():
-    mask = np.array([True, False, True])
+def test_condition_changed_in_place(leaf, device):
+    mask = device.put([True, False, True])
     x = leaf([1.0, 2.0, 3.0])
     y = gg.where(mask, x, 0.0)
     mask[...] = False
@@ -856,8 +873,8 @@ def test_condition_changed_in_place():
     assert_array_equal(x.grad, [1, 0, 1])
 
 
-def test_index_list_in_params_is_copied():
-    pieces = [np.ones(2), np.ones(3)]
+def test_index_list_in_params_is_copied(leaf, device):
+    pieces = [device.put(np.ones(2)), device.put(np.ones(3))]
     x = leaf([1.0, 2.0])
     y = gg.concat([x, *pieces])
     pieces.clear()
@@ -865,8 +882,8 @@ def test_index_list_in_params_is_copied():
     assert_array_equal(x.grad, [1, 1])
 
 
-def test_data_given_to_tensor_may_change():
-    array = np.array([1.0, 2.0])
+def test_data_given_to_tensor_may_change(device):
+    array = device.put([1.0, 2.0])
     x = gg.tensor(array, requires_grad=True)
     y = (x * x).sum()
     array[...] = 99
@@ -888,7 +905,7 @@ def test_data_given_to_tensor_may_change():
     ids=["leaf", "product", "sum", "reshape", "slice", "T", "broadcast"],
 )
 def test_data_cannot_be_written(make):
-    t = make(leaf([1.0, 2.0]))
+    t = make(leaf_on_cpu([1.0, 2.0]))
     with pytest.raises(ValueError, match=r"read-only|assignment destination"):
         t.data[...] = 5
     before = t.numpy().copy()
@@ -900,7 +917,7 @@ def test_data_cannot_be_written(make):
 
 
 def test_out_argument_cannot_reach_the_tape():
-    t = leaf([1.0, 2.0])
+    t = leaf_on_cpu([1.0, 2.0])
     y = gg.exp(t)
     with pytest.raises((ValueError, TypeError)):
         np.add(1.0, 1.0, out=y.data)
@@ -909,43 +926,43 @@ def test_out_argument_cannot_reach_the_tape():
 # --- gradients are the caller's own -------------------------------------------------------------------------------
 
 
-def test_gradients_alias_nothing():
-    a, b, c = (np.arange(1.0, 4.0) * k for k in (1, 2, 3))
-    g = np.array([1.0, 10.0, 100.0])
+def test_gradients_alias_nothing(device):
+    a, b, c = (device.put(np.arange(1.0, 4.0) * k) for k in (1, 2, 3))
+    g = device.put([1.0, 10.0, 100.0])
     _, pull = gg.vjp(lambda a, b, c: a + b + gg.reshape(c, (3,)), a, b, c)
     first, second = pull(g), pull(g)
     every = [*first, *second]
     for i, x in enumerate(every):
         for other in [*every[:i], *every[i + 1 :], a, b, c, g]:
-            assert not np.shares_memory(x, other)
+            assert not shares_memory(x, other)
         x[...] = -1
     assert_array_equal(g, [1, 10, 100])
     for got in pull(g):
         assert_array_equal(got, g)
 
 
-def test_gradients_of_backward_alias_nothing():
+def test_gradients_of_backward_alias_nothing(leaf, device):
     a, b = leaf([1.0, 2.0]), leaf([3.0, 4.0])
-    g = np.array([1.0, 10.0])
+    g = device.put([1.0, 10.0])
     (a + b).backward(g, retain_graph=True)
-    assert not np.shares_memory(a.grad.data, b.grad.data)
-    assert not np.shares_memory(a.grad.data, g)
+    assert not shares_memory(a.grad.data, b.grad.data)
+    assert not shares_memory(a.grad.data, g)
     g[...] = 99
     assert_array_equal(a.grad, [1, 10])
 
 
-def test_gradient_does_not_alias_what_is_saved():
+def test_gradient_does_not_alias_what_is_saved(device):
     """d(x*y)/dx is y: the caller may write into it, and ask again."""
-    y = np.array([3.0, 4.0])
-    _, pull = gg.vjp(lambda x: x * y, np.ones(2))
-    (first,) = pull(np.ones(2))
+    y = device.put([3.0, 4.0])
+    _, pull = gg.vjp(lambda x: x * y, device.put(np.ones(2)))
+    (first,) = pull(device.put(np.ones(2)))
     first[...] = 0
-    assert_array_equal(pull(np.ones(2))[0], [3, 4])
+    assert_array_equal(pull(device.put(np.ones(2)))[0], [3, 4])
     assert_array_equal(y, [3, 4])
 
 
-def test_cotangent_changed_after_create_graph():
-    g = np.array([1.0, 10.0])
+def test_cotangent_changed_after_create_graph(leaf, device):
+    g = device.put([1.0, 10.0])
     x = leaf([1.0, 2.0])
     (x * x).backward(g, create_graph=True)
     g[...] = 0
@@ -962,21 +979,22 @@ def test_cotangent_changed_after_create_graph():
     [np.array([1.5, 2.5]), np.array([[1.5], [2.5]]), np.float64(1.5), np.float32(1.5), 1.5, 2, np.array(2.5)],
     ids=["array", "column", "float64", "float32", "float", "int", "0-d"],
 )
-def test_operators_in_either_order(symbol, other):
+def test_operators_in_either_order(symbol, other, device, tensor, leaf):
     """A Tensor wins on either side, and the values are NumPy's."""
     operate = eval(f"lambda a, b: a {symbol} b")
     data = np.array([0.5, 2.0])
-    for t in (gg.tensor(data), leaf(data)):
-        for got, want in ((operate(t, other), operate(data, other)), (operate(other, t), operate(other, data))):
+    there = device.put(other) if isinstance(other, np.ndarray) else other
+    for t in (tensor(data), leaf(data)):
+        for got, want in ((operate(t, there), operate(data, other)), (operate(there, t), operate(other, data))):
             assert type(got) is Tensor
             assert got.dtype == want.dtype
-            assert_array_equal(got.numpy(), want)
+            assert_allclose(got, want, rtol=0 if device.on_cpu else 1e-15)
 
 
 @pytest.mark.parametrize("symbol", ["+", "-", "*", "/", "**"])
-def test_gradient_in_either_order(symbol):
+def test_gradient_in_either_order(symbol, device):
     operate = eval(f"lambda a, b: a {symbol} b")
-    data, other = np.array([0.5, 2.0]), np.array([[1.5], [2.5]])
+    data, other = device.put([0.5, 2.0]), device.put([[1.5], [2.5]])
     gg.check_grads(lambda t: operate(t, other), [data])
     gg.check_grads(lambda t: operate(other, t), [data])
     gg.check_grads(lambda t: operate(t, 2.0), [data])
@@ -984,16 +1002,17 @@ def test_gradient_in_either_order(symbol):
     gg.check_grads(operate, [data, other])
 
 
-def test_matmul_in_either_order(rng):
+def test_matmul_in_either_order(rng, tensor, device):
     a, b = rng.normal(size=(3, 2)), rng.normal(size=(2, 4))
-    for got in (gg.tensor(a) @ b, a @ gg.tensor(b), gg.tensor(a) @ gg.tensor(b)):
+    x, y = device.put(a), device.put(b)
+    for got in (tensor(a) @ y, x @ tensor(b), tensor(a) @ tensor(b)):
         assert type(got) is Tensor
-        assert_array_equal(got, a @ b)
+        assert_allclose(got, a @ b, rtol=1e-14)
 
 
-def test_bitwise_operators():
-    p, q = np.array([True, False]), np.array([True, True])
-    for got, want in ((gg.tensor(p) & q, p & q), (p | gg.tensor(q), p | q), (~gg.tensor(p), ~p)):
+def test_bitwise_operators(tensor, device):
+    p, q = device.put([True, False]), device.put([True, True])
+    for got, want in ((tensor(p) & q, p & q), (p | tensor(q), p | q), (~tensor(p), ~p)):
         assert type(got) is Tensor
         assert_array_equal(got, want)
 
@@ -1001,7 +1020,7 @@ def test_bitwise_operators():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("symbol", ["+", "-", "*", "/", "**"])
 @pytest.mark.parametrize("number", [2, 1.5, True])
-def test_python_numbers_are_weak(symbol, dtype, number):
+def test_python_numbers_are_weak(symbol, dtype, number, leaf):
     operate = eval(f"lambda a, b: a {symbol} b")
     for shape in ((), (3,)):
         t = leaf(np.ones(shape, dtype))
@@ -1013,7 +1032,7 @@ def test_python_numbers_are_weak(symbol, dtype, number):
             assert t.grad.shape == shape
 
 
-def test_in_place_operators_make_new_tensors():
+def test_in_place_operators_make_new_tensors(leaf):
     x = leaf([1.0, 2.0])
     before = x
     y = x * 2.0
@@ -1027,15 +1046,15 @@ def test_in_place_operators_make_new_tensors():
         array += x
 
 
-def test_broadcasting_is_undone():
+def test_broadcasting_is_undone(leaf, device):
     x, y = leaf(np.ones((3, 1))), leaf(np.ones((1, 2)))
-    g = np.arange(6.0).reshape(3, 2)
+    g = device.put(np.arange(6.0).reshape(3, 2))
     (x * y).backward(g)
     assert_array_equal(x.grad, g.sum(axis=1, keepdims=True))
     assert_array_equal(y.grad, g.sum(axis=0, keepdims=True))
     s = leaf(2.0)
-    (s * np.ones((2, 0))).backward(np.ones((2, 0)))
+    (s * device.put(np.ones((2, 0)))).backward(device.put(np.ones((2, 0))))
     assert s.grad.item() == 0
     z = leaf(np.ones((1, 3)))
-    (z + np.ones((0, 3))).backward(np.ones((0, 3)))
+    (z + device.put(np.ones((0, 3)))).backward(device.put(np.ones((0, 3))))
     assert_array_equal(z.grad, np.zeros((1, 3)))
