@@ -50,8 +50,13 @@ class Place(str):
         return self.kind == "cpu"
 
     @property
+    def ndarray(self) -> type:
+        """The class of plain arrays there."""
+        return np.ndarray if self.cupy is None else self.cupy.ndarray
+
+    @property
     def array_types(self) -> tuple[type, ...]:
-        """What plain arrays are there."""
+        """What an operation on plain arrays may return there: on the CPU NumPy's scalars too."""
         return (np.ndarray, np.generic) if self.cupy is None else (self.cupy.ndarray,)
 
     def put(self, data: Any, dtype: Any = None) -> Any:
