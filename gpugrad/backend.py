@@ -270,8 +270,8 @@ def fetch(xp: Namespace, *values: Any) -> list[Any]:
     """Return numbers and arrays as float64 on the host, all in one transfer; what NumPy has, as it is."""
     if xp is numpy:
         return list(values)
-    arrays = [xp.asarray(value, dtype=xp.float64) for value in values]
-    flat = to_device(xp.concat([array.reshape(-1) for array in arrays]), CPU)
+    arrays = [value if is_cuda_array(value) else xp.asarray(value, dtype=xp.float64) for value in values]
+    flat = to_device(xp.concat([array.reshape(-1) for array in arrays]), CPU).astype(numpy.float64, copy=False)
     ends = numpy.cumsum([array.size for array in arrays])[:-1]
     return [part.reshape(array.shape) for part, array in zip(numpy.split(flat, ends), arrays, strict=True)]
 

@@ -555,8 +555,12 @@ class Objective:
         """Put arrays that were fed to the GPU beside the same rows of those that are there."""
         rest = iter(fed)
         with backend.activate(self.device):
-            there = part if isinstance(part, slice) else backend.to_device(part, self.device)
-            return tuple(next(rest) if isinstance(a, numpy.ndarray) else a[there] for a in self.data)
+            if not isinstance(part, slice):
+                part = backend.to_device(part, self.device)
+            return tuple(
+                next(rest) if isinstance(a, numpy.ndarray) else a[part] if isinstance(part, slice) else a.take(part, 0)
+                for a in self.data
+            )
 
     def _brought_home(self, total: Any, grads: list[Any], given: list[Any], check: bool) -> tuple[Any, list[Any]]:
         """Read from a GPU the value, if it is to be checked, and the gradients of what lives on the host, at once."""

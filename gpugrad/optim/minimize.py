@@ -222,27 +222,31 @@ def _mini_batch(
     arrays = start = run.arrays
     first = None
     optimizer.begin(layout, start)
+    # sum of the losses of batches with `width` rows, then of what came before, times rows: a launch a batch
     total: Any = 0.0
-    rows = epoch = 0
+    before: Any = 0.0
+    width = rows = epoch = 0
 
     def mean_so_far() -> tuple[float, bool, float]:
         """The epoch's mean loss, whether the parameters are finite, and the very first loss: one transfer."""
         finite = xp.stack([xp.all(xp.isfinite(array)) for array in arrays]).all()
-        mean, sound, at_start = to_host(xp, total, finite, first)
+        mean, sound, at_start = to_host(xp, before + total * width, finite, first)
         return mean / rows, bool(sound), at_start
 
     previous = math.inf
     try:
         for epoch in range(1, epochs + 1):
-            total, rows = 0.0, 0
+            total, before, width, rows = 0.0, 0.0, 0, 0
             order = int(numpy.random.SeedSequence([seed, epoch]).generate_state(1)[0])
             for batch in obj.batches(batch_size, order):
                 value, grads = problem.evaluate(_evaluator(batch), arrays)
                 arrays = optimizer.advance(arrays, grads)
                 # Losses of a batch may be float32; the sum over an epoch is not.
-                wide = value if isinstance(value, (int, float)) else value.astype(xp.float64)
+                wide = value if isinstance(value, (int, float)) else value.astype(xp.float64, copy=False)
                 first = wide if first is None else first
-                total, rows = total + wide * batch.rows, rows + batch.rows
+                if batch.rows != width:
+                    total, before, width = 0.0, before + total * width, batch.rows
+                total, rows = total + wide, rows + batch.rows
             if not rows:
                 raise ValueError(f"obj.batches({batch_size}, seed) gave no rows in epoch {epoch}")
             mean, sound, at_start = mean_so_far()
