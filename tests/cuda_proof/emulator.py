@@ -530,11 +530,11 @@ def run_raw(
 # Guarded memory
 
 
-def guarded(data, *, start=False) -> np.ndarray:
+def guarded(data, *, align=1, start=False) -> np.ndarray:
     """Copy an array to memory that ends (or starts) at a page nobody may touch: straying raises KernelFault.
 
-    The copy is in C order. Its end is the page's edge to the byte, so of a size that is no multiple of 16 bytes the
-    start is aligned to the element only; `start=True` aligns the start to the page and guards what lies before.
+    The copy is in C order. Its end lies at the page's edge, or before it by as little as puts the start at a multiple
+    of `align` bytes; `start=True` puts the start at the edge and guards what lies before.
     """
     data = np.asarray(data)
     page = mmap.PAGESIZE
@@ -546,7 +546,7 @@ def guarded(data, *, start=False) -> np.ndarray:
     for edge in (base, base + page + room):
         if protect(edge, page, 0) != 0:
             raise OSError(ctypes.get_errno(), "mprotect")
-    offset = page if start else page + room - data.nbytes
+    offset = page if start else page + room - -(-data.nbytes // align) * align
     copy = np.frombuffer(memory, data.dtype, data.size, offset).reshape(data.shape)
     copy[...] = data
     return copy
