@@ -6,10 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from devices import assert_allclose, assert_array_equal, shares_memory
+from devices import test_device_is_there as test_device_is_there
 
 import gpugrad as gg
-from gpugrad.errors import NotDifferentiable, ShapeMismatch
+from gpugrad.errors import DeviceMismatch, NotDifferentiable, ShapeMismatch
 from gpugrad.tensor import Tensor
 
 DATA = np.array([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
@@ -18,23 +19,23 @@ DATA = np.array([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
 # --- making one ---------------------------------------------------------------------------------------------
 
 
-def test_tensor_copies():
-    array = np.array([1.0, 2.0])
+def test_tensor_copies(device):
+    array = device.put([1.0, 2.0])
     t = gg.tensor(array)
-    assert not np.shares_memory(t.data, array)
+    assert not shares_memory(t._data, array)
     array[0] = 9
     assert_array_equal(t, [1, 2])
 
 
-def test_asarray_shares():
-    array = np.array([1.0, 2.0])
+def test_asarray_shares(device):
+    array = device.put([1.0, 2.0])
     t = gg.asarray(array)
-    assert np.shares_memory(t.data, array)
+    assert shares_memory(t._data, array)
     assert gg.asarray(t) is t
-    assert not np.shares_memory(gg.asarray(array, copy=True).data, array)
-    assert not np.shares_memory(gg.asarray(t, copy=True).data, array)
+    assert not shares_memory(gg.asarray(array, copy=True)._data, array)
+    assert not shares_memory(gg.asarray(t, copy=True)._data, array)
     assert gg.asarray(array, dtype="float32").dtype == np.float32
-    assert np.shares_memory(gg.asarray(array, copy=False).data, array)
+    assert shares_memory(gg.asarray(array, copy=False)._data, array)
     with pytest.raises(ValueError, match="copy"):
         gg.asarray(array, dtype="float32", copy=False)
     with pytest.raises(ValueError, match="copy"):
@@ -56,11 +57,11 @@ def test_asarray_shares():
         (range(3), "int64", (3,)),
     ],
 )
-def test_dtype_is_inferred_as_numpy_does(data, dtype, shape):
-    for t in (gg.tensor(data), gg.asarray(data)):
+def test_dtype_is_inferred_as_numpy_does(data, dtype, shape, device):
+    for t in (gg.tensor(data, device=device), gg.asarray(data, device=device)):
         assert type(t) is Tensor
         assert (t.dtype, t.shape, t.ndim, t.size) == (dtype, shape, len(shape), int(np.prod(shape)))
-        assert t.device == "cpu"
+        assert t.device == device
 
 
 def test_dtype_may_be_given():
@@ -68,14 +69,14 @@ def test_dtype_may_be_given():
     assert gg.tensor(gg.tensor([1.0]), dtype=np.float16).dtype == np.float16
 
 
-def test_tensor_of_a_tensor_is_off_the_tape():
-    x = gg.tensor([1.0], requires_grad=True)
+def test_tensor_of_a_tensor_is_off_the_tape(device):
+    x = gg.tensor([1.0], device=device, requires_grad=True)
     assert not gg.tensor(x * 2.0).requires_grad
     assert gg.tensor(x, requires_grad=True) is not x
 
 
-def test_asarray_of_a_tracked_tensor_stays_on_the_tape():
-    x = gg.tensor([1.0, 2.0], requires_grad=True)
+def test_asarray_of_a_tracked_tensor_stays_on_the_tape(device):
+    x = gg.tensor([1.0, 2.0], device=device, requires_grad=True)
     gg.asarray(x, dtype="float32").sum().backward()
     assert_array_equal(x.grad, [1, 1])
     assert x.grad.dtype == np.float64
@@ -101,40 +102,40 @@ def test_arrays_of_no_numbers_are_refused(data):
 # --- attributes ---------------------------------------------------------------------------------------------
 
 
-def test_attributes():
-    t = gg.tensor(DATA)
-    assert isinstance(t.data, np.ndarray)
-    assert (t.shape, t.ndim, t.size, t.dtype, t.device) == ((2, 3), 2, 6, np.float64, "cpu")
+def test_attributes(device):
+    t = gg.tensor(DATA, device=device)
+    assert isinstance(t.data, device.ndarray)
+    assert (t.shape, t.ndim, t.size, t.dtype, t.device) == ((2, 3), 2, 6, np.float64, device)
     assert (t.requires_grad, t.grad) == (False, None)
     assert_array_equal(t.T, DATA.T)
     assert_array_equal(t.mT, DATA.T)
     assert len(t) == 2
-    cube = gg.tensor(np.arange(24.0).reshape(2, 3, 4))
+    cube = gg.tensor(np.arange(24.0).reshape(2, 3, 4), device=device)
     assert cube.T.shape == (4, 3, 2)
     assert cube.mT.shape == (2, 4, 3)
     with pytest.raises(ShapeMismatch, match="no two axes"):
-        gg.tensor([1.0]).mT  # noqa: B018  # the attribute raises
+        gg.tensor([1.0], device=device).mT  # noqa: B018  # the attribute raises
 
 
-def test_reductions_stay_arrays():
-    total = gg.tensor(DATA).sum()
+def test_reductions_stay_arrays(device):
+    total = gg.tensor(DATA, device=device).sum()
     assert type(total) is Tensor
-    assert isinstance(total.data, np.ndarray)
+    assert isinstance(total.data, device.ndarray)
     assert total.data.shape == ()
 
 
-def test_numbers():
-    t = gg.tensor(2.5)
+def test_numbers(device):
+    t = gg.tensor(2.5, device=device)
     assert (float(t), int(t), t.item(), bool(t)) == (2.5, 2, 2.5, True)
-    assert [10, 20, 30][gg.tensor(1)] == 20
-    assert isinstance(gg.tensor([[7]]).item(), int)
-    for wrong in (gg.tensor([1.0, 2.0]), gg.tensor([])):
+    assert [10, 20, 30][gg.tensor(1, device=device)] == 20
+    assert isinstance(gg.tensor([[7]], device=device).item(), int)
+    for wrong in (gg.tensor([1.0, 2.0], device=device), gg.tensor([], device=device)):
         with pytest.raises((ValueError, TypeError)):
             wrong.item()
     with pytest.raises(ValueError, match="ambiguous"):
-        bool(gg.tensor([1.0, 2.0]))
+        bool(gg.tensor([1.0, 2.0], device=device))
     with pytest.raises(TypeError):
-        [1, 2][gg.tensor(1.0)]
+        [1, 2][gg.tensor(1.0, device=device)]
 
 
 def test_numpy_functions_do_not_lose_a_gradient_silently():
@@ -167,8 +168,16 @@ def test_to_numpy():
     assert isinstance(t.sum().numpy(), np.ndarray)
 
 
-def test_iteration_and_indexing():
-    t = gg.tensor(DATA, requires_grad=True)
+def test_no_implicit_conversion_from_a_device(device):
+    t = gg.tensor(DATA, device=device)
+    assert_array_equal(t.numpy(), DATA)
+    if not device.on_cpu:
+        with pytest.raises(DeviceMismatch, match=r"t\.numpy\(\)"):
+            np.asarray(t)
+
+
+def test_iteration_and_indexing(device):
+    t = gg.tensor(DATA, device=device, requires_grad=True)
     rows = list(t)
     assert [r.shape for r in rows] == [(3,), (3,)]
     (rows[0] * rows[1]).sum().backward()
@@ -176,16 +185,16 @@ def test_iteration_and_indexing():
     assert_array_equal(t[1, ::-1].numpy(), DATA[1, ::-1])
     assert_array_equal(t[..., None, -1].numpy(), DATA[..., None, -1])
     assert_array_equal(t[[1, 0]].numpy(), DATA[[1, 0]])
-    assert_array_equal(t[gg.tensor([1, 0])].numpy(), DATA[[1, 0]])
+    assert_array_equal(t[gg.tensor([1, 0], device=device)].numpy(), DATA[[1, 0]])
     assert_array_equal(t[t > 0].numpy(), DATA[DATA > 0])
     assert_array_equal(t[[]].numpy(), DATA[[]])
     assert_array_equal(t[()].numpy(), DATA)
     with pytest.raises(IndexError):
         t[5]
     with pytest.raises(IndexError, match="float64"):
-        t[np.array([0.5])]
+        t[device.put([0.5])]
     with pytest.raises(TypeError):
-        iter(gg.tensor(1.0)).__next__()
+        iter(gg.tensor(1.0, device=device)).__next__()
 
 
 @pytest.mark.parametrize(
@@ -219,8 +228,8 @@ def test_hash_is_identity():
 # --- methods ------------------------------------------------------------------------------------------------
 
 
-def test_methods_are_the_functions():
-    t = gg.tensor(DATA)
+def test_methods_are_the_functions(device):
+    t = gg.tensor(DATA, device=device)
     for name, options in [
         ("sum", {"axis": 1}),
         ("mean", {"axis": 0, "keepdims": True}),
@@ -232,7 +241,7 @@ def test_methods_are_the_functions():
     ]:
         assert_array_equal(getattr(t, name)(**options), getattr(gg, name)(t, **options))
     assert_array_equal(t.sum(1), DATA.sum(1))
-    assert_array_equal(t.std(0, 1, True), DATA.std(0, ddof=1, keepdims=True))
+    assert_allclose(t.std(0, 1, True), DATA.std(0, ddof=1, keepdims=True), rtol=0 if device.on_cpu else 1e-15)
     assert t.reshape(3, 2).shape == (3, 2)
     assert t.reshape((3, 2)).shape == (3, 2)
     assert t.reshape(-1).shape == (6,)
@@ -264,16 +273,18 @@ def test_new_attributes_are_refused():
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
-def test_copies(how):
-    x = gg.tensor([1.0, 2.0], requires_grad=True)
+def test_copies(how, device):
+    x = gg.tensor([1.0, 2.0], device=device, requires_grad=True)
     twin = how(x)
     assert twin.requires_grad
+    assert twin.device == device
     assert_array_equal(twin.numpy(), x.numpy())
     (twin * 2.0).sum().backward()
     assert x.grad is None
     assert_array_equal(twin.grad, [2, 2])
-    with pytest.raises(ValueError, match="read-only"):
-        twin.data[0] = 5
+    if device.on_cpu:
+        with pytest.raises(ValueError, match="read-only"):
+            twin.data[0] = 5
     constant = how(gg.tensor([1, 2]))
     assert not constant.requires_grad
     assert constant.dtype == np.int64
@@ -286,9 +297,9 @@ def test_grad_cannot_be_assigned_but_reset():
     gg.tensor([1.0]).zero_grad()
 
 
-def test_intermediate_has_no_grad():
-    assert (gg.tensor([1.0], requires_grad=True) * 2.0).grad is None
-    assert gg.exp(gg.tensor([1.0], requires_grad=True)).grad is None
+def test_intermediate_has_no_grad(device):
+    assert (gg.tensor([1.0], device=device, requires_grad=True) * 2.0).grad is None
+    assert gg.exp(gg.tensor([1.0], device=device, requires_grad=True)).grad is None
 
 
 # --- what functions take ---------------------------------------------------------------------------------------
@@ -400,7 +411,6 @@ INDICES = {
     "slice-then-array": (slice(None), np.array([2, 2])),
     "array-then-mask": (slice(None), np.array([True, False, True]), 1),
     "negative-array": np.array([-1, -2]),
-    "tensor": gg.tensor([1, 1]),
     "small-ints": np.array([1, 0], np.int8),
     "unsigned": np.array([1, 0], np.uint64),
     "0-d": np.array(1),
@@ -409,18 +419,20 @@ INDICES = {
 
 
 @pytest.mark.parametrize("name", INDICES)
-def test_gradient_of_indexing(name, rng):
+def test_gradient_of_indexing(name, rng, device):
     """The cotangent goes back to where the element came from, as often as it was taken."""
     index = INDICES[name]
-    plain = np.asarray(index) if isinstance(index, Tensor) else index
-    x = gg.tensor(CUBE, requires_grad=True)
-    y = x[index]
-    assert_array_equal(y.numpy(), CUBE[plain])
-    g = rng.normal(size=y.shape)
-    y.backward(g)
-    expected = np.zeros_like(CUBE)
-    np.add.at(expected, plain, g)
-    np.testing.assert_allclose(x.grad, expected, rtol=1e-15)
+    parts = tuple(device.put(i) if isinstance(i, np.ndarray) else i for i in index) if type(index) is tuple else index
+    there = device.put(parts) if isinstance(parts, np.ndarray) else parts
+    for given in (there, gg.tensor(there)) if isinstance(there, device.ndarray) else (there,):
+        x = gg.tensor(CUBE, device=device, requires_grad=True)
+        y = x[given]
+        assert_array_equal(y, CUBE[index])
+        g = rng.normal(size=y.shape)
+        y.backward(device.put(g))
+        expected = np.zeros_like(CUBE)
+        np.add.at(expected, index, g)
+        assert_allclose(x.grad, expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -445,10 +457,10 @@ def test_gradient_of_indexing(name, rng):
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_functions_of_integers_are_floats(call, expected):
+def test_functions_of_integers_are_floats(call, expected, device):
     """No result is cut down to the integers it came from."""
-    data = np.array([1, 2, 4])
+    data = device.put([1, 2, 4])
     if expected is None:
-        data, expected = np.array([[2, 0], [0, 4]]), [[0.5, 0], [0, 0.25]]
+        data, expected = device.put([[2, 0], [0, 4]]), [[0.5, 0], [0, 0.25]]
     for x in (data, gg.tensor(data)):
-        np.testing.assert_allclose(call(x), expected, rtol=1e-14)
+        assert_allclose(call(x), expected, rtol=1e-14)
