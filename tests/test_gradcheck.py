@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from devices import test_device_is_there as test_device_is_there
 
 import gpugrad as gg
 from gpugrad.op import registry
@@ -26,36 +27,36 @@ def declare():
 X = np.array([0.6, 1.1, 1.7])
 
 
-def test_right_rules_pass():
-    gg.check_grads(lambda x: gg.exp(x) * gg.sin(x), [X], order=3)
-    gg.check_grads(lambda x, y: x @ y, [np.ones((2, 3)), np.ones((3, 2))])
+def test_right_rules_pass(device):
+    gg.check_grads(lambda x: gg.exp(x) * gg.sin(x), [device.put(X)], order=3)
+    gg.check_grads(lambda x, y: x @ y, [device.put(np.ones((2, 3))), device.put(np.ones((3, 2)))])
 
 
 @pytest.mark.parametrize("kind", [lambda x: x, gg.tensor, lambda x: {"a": [x]}], ids=["array", "tensor", "pytree"])
-def test_arguments_of_every_kind(kind):
+def test_arguments_of_every_kind(kind, device):
     def f(x):
         x = x["a"][0] if isinstance(x, dict) else x
         return {"both": (gg.sin(x), x.sum())}
 
-    gg.check_grads(f, [kind(X)])
+    gg.check_grads(f, [kind(device.put(X))])
 
 
 def test_floats():
     gg.check_grads(lambda x, y: x * gg.exp(y), [0.5, 1.5], order=3)
 
 
-def test_wrong_slope_is_found(declare):
+def test_wrong_slope_is_found(declare, device):
     wrong = declare(lambda xp, x: xp.exp(x), lambda y, _x: 1.001 * y)
     with pytest.raises(AssertionError, match=r"order 1 is .* differences give .*error"):
-        gg.check_grads(wrong, [X])
+        gg.check_grads(wrong, [device.put(X)])
 
 
-def test_slope_that_cannot_be_differentiated_is_found_at_order_two(declare):
+def test_slope_that_cannot_be_differentiated_is_found_at_order_two(declare, device):
     """First order is right; the rule hides from the tape how it depends on x."""
     wrong = declare(lambda xp, x: x**3, lambda _y, x: 3 * (x.detach() if hasattr(x, "detach") else x) ** 2)
-    gg.check_grads(wrong, [X], order=1)
+    gg.check_grads(wrong, [device.put(X)], order=1)
     with pytest.raises(AssertionError, match="order 2"):
-        gg.check_grads(wrong, [X], order=2)
+        gg.check_grads(wrong, [device.put(X)], order=2)
 
 
 def test_sign_and_missing_term(declare):
@@ -72,10 +73,10 @@ def test_one_wrong_element_of_many(declare):
         gg.check_grads(wrong, [np.linspace(0.5, 2, 50)], order=1)
 
 
-def test_nan_is_found(declare):
+def test_nan_is_found(declare, device):
     wrong = declare(lambda xp, x: xp.exp(x), lambda y, _x: y * np.nan)
     with pytest.raises(AssertionError):
-        gg.check_grads(wrong, [X], order=1)
+        gg.check_grads(wrong, [device.put(X)], order=1)
 
 
 def test_rule_that_ignores_the_cotangent():
@@ -104,8 +105,8 @@ def test_message_names_the_function(declare):
         gg.check_grads(my_loss, [X])
 
 
-def test_single_precision(declare):
-    x = X.astype(np.float32)
+def test_single_precision(declare, device):
+    x = device.put(X, np.float32)
     gg.check_grads(lambda x: gg.exp(x).sum(), [x], order=1)
     wrong = declare(lambda xp, x: xp.exp(x), lambda y, _x: 1.3 * y)
     with pytest.raises(AssertionError):

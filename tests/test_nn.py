@@ -2,19 +2,23 @@
 
 import numpy as np
 import pytest
+from devices import Place, assert_allclose, assert_array_equal
+from devices import test_device_is_there as test_device_is_there
 
 import gpugrad as gg
 
 
-def test_mlp_is_what_it_says(rng: np.random.Generator) -> None:
+def test_mlp_is_what_it_says(rng: np.random.Generator, device: Place) -> None:
     params = gg.nn.init_mlp([3, 5, 4, 2], seed=1, dtype=np.float64)
     X = rng.normal(size=(7, 3))
     h = X
     for layer in params[:-1]:
         h = np.maximum(h @ layer["W"] + layer["b"], 0)
     right = h @ params[-1]["W"] + params[-1]["b"]
-    np.testing.assert_allclose(gg.nn.mlp(params, X, activation=gg.relu), right, rtol=1e-14)
-    np.testing.assert_allclose(gg.nn.mlp(params, gg.tensor(X), activation=gg.relu).data, right, rtol=1e-14)
+    there = gg.nn.init_mlp([3, 5, 4, 2], seed=1, dtype=np.float64, device=device)
+    allowed = 1e-14 if device.on_cpu else 1e-13
+    assert_allclose(gg.nn.mlp(there, device.put(X), activation=gg.relu), right, rtol=allowed)
+    assert_allclose(gg.nn.mlp(there, gg.tensor(X, device=device), activation=gg.relu), right, rtol=allowed)
 
 
 def test_initial_parameters() -> None:
@@ -35,7 +39,13 @@ def test_bad_sizes(sizes: list[int]) -> None:
         gg.nn.init_mlp(sizes)
 
 
-def test_gradients(rng: np.random.Generator) -> None:
-    params = gg.nn.init_mlp([3, 4, 2], dtype=np.float64)
-    X = rng.normal(size=(5, 3))
+def test_the_same_seed_on_every_device(device: Place) -> None:
+    for here, there in zip(gg.nn.init_mlp([3, 2], seed=5), gg.nn.init_mlp([3, 2], seed=5, device=device), strict=True):
+        assert isinstance(there["W"], device.ndarray)
+        assert_array_equal(there["W"], here["W"])
+
+
+def test_gradients(rng: np.random.Generator, device: Place) -> None:
+    params = gg.nn.init_mlp([3, 4, 2], dtype=np.float64, device=device)
+    X = device.put(rng.normal(size=(5, 3)))
     gg.check_grads(lambda p: gg.nn.mlp(p, X), [params], order=2)
