@@ -67,6 +67,9 @@ class Place(str):
         return array if self.cupy is None else backend.asarray(array, where=backend.Device(self))
 
 
+CPU = Place("cpu")
+
+
 def host(value: Any) -> Any:
     """Return numbers from any device on the host; in sequences one by one."""
     if type(value) is Tensor:

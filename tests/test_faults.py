@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import test_laws as laws
+from devices import CPU, Place
 from test_golden import check_value
 
 import gpugrad as gg
+from gpugrad import backend
 from gpugrad.declare import case
 from gpugrad.op import registry
 
@@ -24,13 +26,13 @@ def plant():
         del registry[name]
 
 
-def caught_by(law, op):
+def caught_by(law, op, device=CPU, errors=(AssertionError, TypeError, ValueError)):
     """Tell whether a law fails on some case of an op."""
     caught = False
     for call in laws.calls_of(op):
         try:
-            law(call)
-        except (AssertionError, TypeError, ValueError):
+            law(call.on(device))
+        except errors:
             caught = True
     return caught
 
@@ -52,7 +54,7 @@ def fits(law, call):
     return law is not laws.law_mixed_dtypes or len(call.shapes) > 1
 
 
-def test_a_sound_op_passes_every_law(plant):
+def test_a_sound_op_passes_every_law(plant, device):
     """The laws do not cry wolf."""
     sound = [
         elementwise(plant, "cube", lambda xp, x: x * x * x, lambda _y, x: 3 * x * x),
@@ -81,7 +83,9 @@ def test_a_sound_op_passes_every_law(plant):
         for call in laws.calls_of(op):
             for law in EVERY:
                 if fits(law, call):
-                    law(call)
+                    law(call.on(device))
+            if device.kind == "stand-in":
+                laws.stays_on_the_device(call.on(device))
 
 
 def test_every_law_is_in_the_table():
@@ -316,6 +320,105 @@ PLANTED = {
 def test_fault_is_caught(law, fault, plant):
     op = fault(plant)
     assert caught_by(law, op), f"{law.__name__} lets {op.name} pass"
+
+
+# --- on a device --------------------------------------------------------------------------------------------------
+
+
+def host_array_in_forward(plant):
+    return elementwise(plant, "host_forward", lambda xp, x: x * np.full(x.shape, 2.0), 2)
+
+
+def host_array_in_a_rule(plant):
+    """The forward stays there; the backward brings an array of the host's."""
+    return elementwise(plant, "host_rule", lambda xp, x: 2 * x, lambda _y, x: np.full(x.shape, 2.0))
+
+
+def host_scalar_array_in_a_rule(plant):
+    """On the CPU an array of no axes goes for a number; CuPy refuses it."""
+    return elementwise(plant, "host_scalar", lambda xp, x: 2 * x, lambda _y, x: 0 * x + np.asarray(2.0))
+
+
+def index_from_the_host(plant):
+    """CuPy takes an index array of the host's without a word, and uploads it each time."""
+    return plant(
+        "linear",
+        "host_index",
+        forward=lambda xp, x: x[np.array([1, 0])],
+        transpose=lambda g, _x: gg.take(g, backend.asarray([1, 0], where=backend.device_of(getattr(g, "_data", g)))),
+        domain=[case((2,))],
+    )
+
+
+def computed_on_the_host(plant):
+    """There, back again and right: NumPy does the work."""
+
+    def forward(xp, x):
+        where = backend.device_of(x)
+        return backend.to_device(np.exp(backend.to_device(x, backend.CPU)), where)
+
+    return elementwise(plant, "roundabout", forward, lambda y, _x: y)
+
+
+def float_in_forward(plant):
+    """Picks a formula by looking at the values."""
+
+    def forward(xp, x):
+        return xp.exp(x) if x.size and float(abs(x).max()) < 100 else 1 / xp.exp(-x)
+
+    return elementwise(plant, "looks", forward, lambda y, _x: y)
+
+
+def truth_of_an_array_in_backward(plant):
+    def slope(y, x):
+        array = getattr(x, "_data", x)
+        return y if array.size and (array < 100).all() else 1 * y
+
+    return elementwise(plant, "truth", lambda xp, x: xp.exp(x), slope)
+
+
+def item_in_backward(plant):
+    def rule(g, y, _x):
+        total = getattr(y, "_data", y).sum().item()
+        return g * y + 0 * total
+
+    return plant("primitive", "item", forward=lambda xp, x: xp.exp(x), vjp=rule, domain=[case((3,))])
+
+
+def mask_in_backward(plant):
+    """Right, and waits to learn how many elements the mask takes."""
+
+    def rule(g, x):
+        array = getattr(x, "_data", x)
+        zeros = backend.namespace(array).zeros_like(array)
+        zeros[array < 0] = (0 * array)[array < 0]
+        return 2 * g + zeros
+
+    return plant("linear", "masked", forward=lambda xp, x: 2 * x, transpose=rule, domain=[case((4,))])
+
+
+SLIPPED_IN = [host_array_in_forward, host_array_in_a_rule, host_scalar_array_in_a_rule]
+HIDDEN = [
+    index_from_the_host, computed_on_the_host, float_in_forward, truth_of_an_array_in_backward, item_in_backward,
+    mask_in_backward,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SLIPPED_IN)
+def test_host_array_on_a_device_is_caught(fault, plant, stand_in):
+    """Nothing shows on the CPU; the stand-in refuses it, as CuPy does."""
+    op = fault(plant)
+    assert not caught_by(laws.law_gradient, op)
+    assert caught_by(laws.law_gradient, op, Place("stand-in", stand_in), TypeError)
+
+
+@pytest.mark.parametrize("fault", HIDDEN)
+def test_hidden_wait_or_transfer_is_caught(fault, plant, stand_in):
+    """Right on every device, and slow: only the stand-in's counters show it."""
+    op, place = fault(plant), Place("stand-in", stand_in)
+    assert not caught_by(laws.law_gradient, op)
+    assert not caught_by(laws.law_gradient, op, place)
+    assert caught_by(laws.stays_on_the_device, op, place, AssertionError)
 
 
 def test_wrong_forward_with_a_matching_rule_passes_the_gradient_law_and_not_the_golden_line(plant):

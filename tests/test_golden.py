@@ -4,7 +4,7 @@ import types
 
 import numpy as np
 import pytest
-from devices import Place, assert_allclose, host
+from devices import CPU, assert_allclose, host
 from devices import test_device_is_there as test_device_is_there
 from golden import DERIVATIVES, ELEMENTWISE, FUNCTIONS, OTHERS
 
@@ -19,9 +19,6 @@ NOT_FUNCTIONS = {
     "linalg.positive_definite": "a domain for tests",
     "linalg.well_conditioned": "a domain for tests",
 }
-
-
-CPU = Place("cpu")
 
 
 def as_argument(value, device=CPU):

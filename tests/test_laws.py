@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import Place, assert_allclose, assert_array_equal, host, problem, shares_memory
+from devices import CPU, Place, assert_allclose, assert_array_equal, host, problem, shares_memory
 from devices import test_device_is_there as test_device_is_there
 
 import gpugrad as gg
@@ -21,8 +21,6 @@ from gpugrad.op import Op, registry
 from gpugrad.tensor import Tensor
 
 HALF, SINGLE, DOUBLE = np.dtype("float16"), np.dtype("float32"), np.dtype("float64")
-
-CPU = Place("cpu")
 
 # Positions of arguments that are conditions: their dtype is not the result's.
 CONDITIONS = {"where": (0,), "selected": (1,)}
