@@ -314,6 +314,20 @@ def release_pinned() -> None:
     cupy().get_default_pinned_memory_pool().free_all_blocks()
 
 
+def mark(where: Device) -> Any:
+    """Return an event at what has been launched on the current stream of a GPU so far."""
+    cuda = cupy().cuda
+    with activate(where):
+        event = cuda.Event(disable_timing=True)
+        event.record()
+    return event
+
+
+def follow(event: Any) -> None:
+    """Let the current stream of the current GPU wait for an event; the host does not wait."""
+    cupy().cuda.get_current_stream().wait_event(event)
+
+
 def empty_pinned(shape: tuple[int, ...], dtype: Any) -> numpy.ndarray[Any, Any]:
     """Return host memory that a GPU copies from by itself, while the host goes on."""
     cupy()  # for its error

@@ -208,6 +208,8 @@ class Objective:
         floats = {a.dtype for a in self.data if a.dtype.kind == "f"}
         self.dtype = floats.pop() if len(floats) == 1 else numpy.dtype(numpy.float64)
         self._room = _Room(self.device)
+        # evaluated on another stream, the data has to be there first
+        self._ready = backend.mark(self.device) if self.device.kind == "cuda" else None
         self._picked: Any = None  # row numbers, of a mini-batch too large to be gathered at once
 
     # ------------------------------------------------------------------------------------------- evaluation
@@ -252,6 +254,8 @@ class Objective:
         """Return rows of the data as new arrays; None where a GPU has no room for them."""
         try:
             with backend.activate(self.device):
+                if self._ready is not None:
+                    backend.follow(self._ready)
                 rows = backend.to_device(part, self.device)
                 return tuple(_frozen(array.take(rows, axis=0)) for array in self.data)
         except Exception as error:
@@ -293,6 +297,8 @@ class Objective:
     def _evaluate(self, params: Any, *, gradients: bool, check: bool) -> tuple[Any, Any]:
         given, structure = optree.tree_flatten(params)
         with backend.activate(self.device):
+            if self._ready is not None:
+                backend.follow(self._ready)
             arrays = [self._parameter(leaf) for leaf in given]
         size = self._block_rows(arrays, structure)
         sums = self._on_cuda if self.device.kind == "cuda" else self._on_cpu

@@ -357,3 +357,156 @@ def test_memory_maps_are_data(tmp_path: Any, rng: np.random.Generator) -> None:
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     w = np.ones(3)
     assert gg.Objective(lambda w, X: X @ w, (mapped,)).value(w) == pytest.approx((X @ w).mean(), rel=1e-12)
+
+
+# --------------------------------------------------------------------------------------- on the stand-in for CUDA
+
+
+def on_device(cupy: Any, params: dict[str, Any]) -> dict[str, Any]:
+    return {key: cupy.asarray(np.asarray(value, dtype="f4")) for key, value in params.items()}
+
+
+@pytest.fixture
+def narrow(data: Any) -> tuple[np.ndarray, ...]:
+    return tuple(a.astype("f4") for a in data)
+
+
+PARAMS = {"w": np.array([0.3, -0.2, 0.9, 1.1], "f4"), "b": 0.7}
+
+
+@pytest.mark.parametrize("block_size", ["auto", 100])
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_the_device_gives_the_same_numbers(stand_in: Any, narrow: Any, where: str, block_size: Any) -> None:
+    penalty = lambda p: 0.5 * gg.sum(p["w"] ** 2)  # noqa: E731
+    options = {"penalty": penalty, "block_size": block_size}
+    right, expected = gg.Objective(linear_loss, narrow, device="cpu", **options).value_and_grad(PARAMS)
+    obj = gg.Objective(linear_loss, narrow, device="cuda", **options)
+    params = PARAMS if where == "host" else on_device(stand_in, PARAMS)
+    value, grads = obj.value_and_grad(params)
+    assert type(value) is float
+    assert value == pytest.approx(right, rel=1e-6)
+    assert type(grads["w"]) is (np.ndarray if where == "host" else stand_in.ndarray)
+    assert type(grads["b"]) is (float if where == "host" else stand_in.ndarray)
+    np.testing.assert_allclose(gg.asarray(grads["w"], device="cpu"), expected["w"], rtol=1e-5)
+    assert float(grads["b"]) == pytest.approx(expected["b"], rel=1e-5)
+    assert obj.value(params) == value
+
+
+def test_an_evaluation_waits_once_at_most(stand_in: Any, narrow: Any) -> None:
+    """Forward and backward never; the value, and gradients that go to the host, are one transfer."""
+    obj = gg.Objective(linear_loss, narrow, device="cuda", block_size=100, penalty=lambda p: gg.sum(p["w"] ** 2))
+    there = on_device(stand_in, PARAMS)
+    for call, params, waits in [
+        (obj.evaluate, there, 0),
+        (obj.value_and_grad, there, 1),
+        (obj.value, there, 1),
+        (obj.evaluate, PARAMS, 1),
+        (obj.value_and_grad, PARAMS, 1),
+    ]:
+        call(params)
+        with stand_in.counting() as count:
+            call(params)
+        assert count.syncs == waits
+    with stand_in.counting() as count:
+        for batch in obj.batches(100):
+            value, _ = batch.evaluate(there)
+    assert count.syncs == 0
+    assert type(value) is stand_in.ndarray
+    assert value.shape == ()
+
+
+def test_a_wait_in_the_loss_is_counted(stand_in: Any, narrow: Any) -> None:
+    """The count above sees a value that is looked at on the way."""
+
+    def peeking(p: Any, X: Any, y: Any) -> Any:
+        return linear_loss(p, X, y) * (1.0 if float(p["b"]) > 0 else 2.0)
+
+    obj = gg.Objective(peeking, narrow, device="cuda", block_size=100)
+    there = on_device(stand_in, PARAMS)
+    obj.evaluate(there)
+    with stand_in.counting() as count:
+        obj.evaluate(there)
+    assert count.syncs == 11
+
+
+def test_a_host_array_in_the_loss_is_refused(stand_in: Any, narrow: Any) -> None:
+    obj = gg.Objective(lambda p, X, y: (X @ p["w"] - narrow[1][: len(y)]) ** 2, narrow, device="cuda")
+    with pytest.raises(gg.DeviceMismatch, match="subtract"):
+        obj.evaluate(on_device(stand_in, PARAMS))
+
+
+def test_the_data_says_where(stand_in: Any, narrow: Any) -> None:
+    """Everything runs where the data is, whatever device is current; parameters of another GPU are refused."""
+    with stand_in.cuda.Device(1):
+        there = tuple(stand_in.asarray(a) for a in narrow)
+        params = on_device(stand_in, PARAMS)
+    obj = gg.Objective(linear_loss, there)
+    assert obj.device == "cuda:1"
+    _, grads = obj.value_and_grad(params)
+    assert grads["w"].device.id == 1
+    assert next(obj.batches(10)).data[0].device.id == 1
+    with pytest.raises(gg.DeviceMismatch, match=r"the data is on cuda:1, a parameter on cuda:0"):
+        obj.value(on_device(stand_in, PARAMS))
+    with pytest.raises(gg.DeviceMismatch, match=r"data on cuda:1, device='cuda:0' asked for"):
+        gg.Objective(linear_loss, there, device="cuda:0")
+    with pytest.raises(gg.DeviceMismatch, match="cuda:1"):
+        gg.Objective(linear_loss, (there[0], stand_in.asarray(narrow[1])))
+
+
+def test_rows_that_are_not_finite_on_the_device(stand_in: Any, narrow: Any) -> None:
+    X, y = narrow
+    y[[900, 412]] = np.nan
+    obj = gg.Objective(linear_loss, (X, y), device="cuda", block_size=100)
+    with pytest.raises(gg.NonFiniteLoss, match=r"at row 412 of the data \(block 4, row 12 in it\)"):
+        obj.value_and_grad(PARAMS)
+    assert np.isnan(float(obj.evaluate(PARAMS)[0]))
+
+
+@pytest.mark.parametrize("rows", [40, 1003])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_dtypes_on_the_device(stand_in: Any, narrow: Any, dtype: str, rows: int) -> None:
+    data = tuple(a[:rows].astype(dtype) for a in narrow)
+    params = {"w": PARAMS["w"].astype(dtype), "b": 0.5}
+    right, expected = gg.Objective(linear_loss, data, device="cpu", block_size=500).value_and_grad(params)
+    value, grads = gg.Objective(linear_loss, data, device="cuda", block_size=500).value_and_grad(params)
+    eps = float(np.finfo(dtype).eps)
+    assert grads["w"].dtype == dtype
+    assert value == pytest.approx(right, rel=4 * eps)
+    np.testing.assert_allclose(grads["w"], expected["w"], rtol=20 * eps, atol=20 * eps)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("block_size", [10, 100])
+def test_gradients_are_the_callers_own(stand_in: Any, reduction: str, block_size: int) -> None:
+    """Parameters that share a cotangent, that do not matter, and that are used as they are."""
+    x = np.arange(100.0)
+
+    def loss(p: Any, x: Any) -> Any:
+        return p["a"] + p["b"] + x * 0.0
+
+    here = {key: np.zeros(()) for key in ("a", "b", "unused")}
+    params = {key: stand_in.asarray(value) for key, value in here.items()}
+    options: Any = {"reduction": reduction, "block_size": block_size}
+    right, expected = gg.Objective(loss, x, device="cpu", **options).value_and_grad(here)
+    obj = gg.Objective(loss, x, device="cuda", **options)
+    value, grads = obj.value_and_grad(params)
+    assert value == right
+    for key in here:
+        assert float(grads[key]) == pytest.approx(float(expected[key]))
+    grads["a"] += 5.0
+    assert float(grads["b"]) == pytest.approx(float(expected["b"]))
+    for batch in obj.batches(30, seed=1):
+        assert float(batch.value_and_grad(params)[1]["a"]) == pytest.approx(float(expected["a"]))
+    constant = gg.Objective(lambda p, x: x, x, device="cuda", **options).value_and_grad(params)
+    assert constant[0] == pytest.approx(x.mean() if reduction == "mean" else x.sum())
+    assert float(constant[1]["a"]) == 0.0
+
+
+def test_the_callers_stream_computes(stand_in: Any, narrow: Any) -> None:
+    obj = gg.Objective(linear_loss, narrow, device="cuda", block_size=100)
+    right = obj.value(PARAMS)
+    with stand_in.cuda.Stream(non_blocking=True) as stream:  # nothing orders it after the one that copied the data
+        queue = stream._queue
+        before = queue.clock.get(queue.key, 0)
+        assert obj.value(PARAMS) == right
+        assert queue.clock[queue.key] > before + 30
