@@ -7,6 +7,7 @@ Whether copies really run under the compute, and what that gains, only a GPU can
 
 import contextlib
 import gc
+import json
 import re
 import warnings
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import gpugrad as gg
 from gpugrad import objective
+from gpugrad.cli import main
 from gpugrad.errors import DeviceMemoryError, DeviceMemoryWarning
 from gpugrad.stream import Feeder
 
@@ -477,3 +479,38 @@ def test_memory_is_given_back(install: Any, data: Any, start: Any, use: str, mon
     gc.collect()
     assert [ref() for ref in pinned if ref() is not None] == []
     assert cupy.get_default_memory_pool().used_bytes() == 0
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "streamed"),
+    [
+        (["--model", "linear"], LARGE, False),
+        (["--model", "linear"], 62_000, True),
+        (["--hidden", "8", "--batch-size", "100", "--epochs", "2"], LARGE, False),
+    ],
+)
+def test_fit_from_a_table(
+    install: Any, rng: Any, tmp_path: Any, capsys: Any, monkeypatch: Any, model: Any, memory: int, streamed: bool
+) -> None:
+    """`gpugrad fit --device cuda`, end to end: the metrics of the CPU, and no wait within an epoch."""
+    x = rng.normal(size=(2000, 5))
+    np.save(tmp_path / "table.npy", np.column_stack([x, x @ [3.0, -1.0, 0.5, 0.0, 2.0] + rng.normal(size=2000)]))
+    arguments = ["fit", str(tmp_path / "table.npy"), "--target", "x5", *model, "--json", str(tmp_path / "report.json")]
+
+    def metrics(device: str) -> tuple[dict[str, float], int]:
+        assert main([*arguments, "--device", device]) == 0, capsys.readouterr().err
+        report = json.loads((tmp_path / "report.json").read_text())
+        return report["metrics"]["test"], len(report["history"]["loss"])
+
+    right, _ = metrics("cpu")
+    cupy = install(memory=memory)
+    feeds: list[bool] = []
+    monkeypatch.setattr(Feeder, "feed", lambda *args, real=Feeder.feed: feeds.append(True) or real(*args))
+    with cupy.counting() as count:
+        found, epochs = metrics("cuda")
+    assert bool(feeds) is streamed
+    assert found == pytest.approx(right, rel=1e-4)
+    assert count.syncs <= 3 * epochs + 10  # one for the epoch, the rest for what is shown of it
