@@ -676,6 +676,11 @@ class ndarray:
     def __dlpack_device__(self):
         return (kDLCUDA, self._block.device)
 
+    def __getattr__(self, name):
+        if not name.startswith("_") and hasattr(_real("cupy").ndarray, name):
+            raise NotImplementedError(f"the stand-in's arrays have no {name}: write it into {__name__}")
+        raise AttributeError(f"'cupy.ndarray' object has no attribute {name!r}")
+
     # --- views
 
     @property
@@ -1270,9 +1275,7 @@ _BY_NAME = {
     "sinc": numpy.sinc,
     "i0": numpy.i0,
     "nan_to_num_": numpy.nan_to_num,
-    "is_close": lambda a, b, rtol, atol: numpy.isclose(a, b, rtol, atol),
-    "is_close_nan_equal": lambda a, b, rtol, atol: numpy.isclose(a, b, rtol, atol, equal_nan=True),
-    "logical_not": numpy.logical_not,
+    "is_close": lambda a, b, rtol, atol, equal_nan: numpy.isclose(a, b, rtol, atol) | (equal_nan & (a != a) & (b != b)),
 }
 
 
@@ -1761,16 +1764,21 @@ class Generator:
         return self._draw(self._rng.integers(low, high, size, endpoint=endpoint), dtype)
 
 
-# --- cuBLAS and cuSOLVER. By CuPy's default their status is not looked at (that would wait for the device), so a
-# --- singular matrix gives numbers that mean nothing: here NaN.
+# --- cuBLAS and cuSOLVER. Their status is looked at, and waited for, only within cupyx.errstate(linalg="raise"): else
+# --- a singular matrix gives numbers that mean nothing, here NaN.
 
 
 def _lapack(function, *arrays):
     _launch(arrays)
+    checked = _translated["cupyx"].geterr()["linalg"] == "raise"
+    if checked:
+        _read_one()
     with numpy.errstate(all="ignore"):
         try:
             return function(*(a._a for a in arrays))
         except numpy.linalg.LinAlgError:
+            if checked:
+                raise
             return None
 
 
@@ -1812,7 +1820,7 @@ def _slogdet(a):
     util._assert_stacked_2d(a)
     util._assert_stacked_square(a)
     dtype, sign_dtype = util.linalg_common_type(a)
-    sign, log = _lapack(numpy.linalg.slogdet, a.astype(dtype))
+    sign, log = _lapack(numpy.linalg.slogdet, a.astype(dtype))  # of a singular matrix: 0, -inf
     _machine.launches += 6
     return _own(numpy.asarray(sign, sign_dtype)), _own(numpy.asarray(log, sign_dtype))
 
@@ -2218,7 +2226,7 @@ def install(devices=1, memory=16 << 30):
         yield _cupy
     finally:
         for queue in _machine.queues:
-            queue.pending.clear()
+            queue.pending, queue.done = [], queue.issued
         _machine = before
         if not nested:
             for name in [name for name in sys.modules if _is_cupys(name)]:
