@@ -140,14 +140,21 @@ class _Room:
                 f"Objective: one row does not fit in the memory of {self.device}: {why} {free:,} of {total:,} bytes "
                 "are free; make the model smaller, free other arrays, or use device='cpu'"
             )
-        for kept in self.feeders.values():
-            while kept:
-                kept.pop().close()
+        for fresh in self.feeders:
+            while feeder := self.feeder(fresh):
+                feeder.close()
         backend.release_memory(self.device)
         self.limit(rows // 2)
 
     def limit(self, rows: int) -> None:
         self.rows, self.news = rows, True
+
+    def feeder(self, fresh: bool) -> Feeder | None:
+        """Take out a feeder that nobody uses, if there is one; other threads do the same."""
+        try:
+            return self.feeders[fresh].pop()
+        except IndexError:
+            return None
 
     def tell(self) -> None:
         """Warn, once, that blocks are smaller now."""
@@ -248,15 +255,22 @@ class Objective:
         parts = [order[start : start + batch_size] for start in range(0, self.rows, batch_size)]
         if self._streamed:
             return self._streamed_batches(parts)
-        return (self._batch(self._taken(part), part) for part in parts)
+        return self._gathered_batches(order, parts)
 
-    def _taken(self, part: Any) -> tuple[Any, ...] | None:
+    def _gathered_batches(self, order: Any, parts: list[Any]) -> Iterator["Objective"]:
+        there = backend.to_device(order, self.device)
+        start = 0
+        for part in parts:
+            stop = start + len(part)
+            yield self._batch(self._taken(there[start:stop]), part)
+            start = stop
+
+    def _taken(self, rows: Any) -> tuple[Any, ...] | None:
         """Return rows of the data as new arrays; None where a GPU has no room for them."""
         try:
             with backend.activate(self.device):
                 if self._ready is not None:
                     backend.follow(self._ready)
-                rows = backend.to_device(part, self.device)
                 return tuple(_frozen(array.take(rows, axis=0)) for array in self.data)
         except Exception as error:
             if not backend.out_of_memory(error):
@@ -533,12 +547,10 @@ class Objective:
 
     def _feeder(self, size: int, fresh: bool = False) -> Feeder:
         """Take out a feeder for blocks, or for mini-batches that keep their memory, of `size` rows."""
-        kept = self._room.feeders[fresh]
-        while kept:
-            feeder = kept.pop()
-            if feeder.rows >= size:
-                return feeder
-            feeder.close()
+        while kept := self._room.feeder(fresh):
+            if kept.rows >= size:
+                return kept
+            kept.close()
         host = [a for a in self.data if isinstance(a, numpy.ndarray)]
         if fresh:
             return Feeder(host, size, self.device, fresh=True)
