@@ -388,7 +388,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a hundredth of the sizes, to see that everything runs")
     made.add_argument("--device", default="cuda", metavar="DEV", help="cuda or cuda:N (default cuda)")
     made.add_argument("--scale", type=float, default=None, metavar="F", help="of all sizes (default 1, quick 0.01)")
-    made.add_argument("--seconds", type=float, default=210.0, metavar="S", help="for everything (default 210)")
+    made.add_argument("--seconds", type=float, default=190.0, metavar="S", help="for everything (default 190)")
     return made
 
 

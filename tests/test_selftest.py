@@ -1,13 +1,16 @@
 """`gpugrad selftest`: it passes here, and every kind of fault makes it fail and is named."""
 
+import contextlib
+import functools
 import json
 
 import numpy as np
 import pytest
 
 import gpugrad as gg
-from gpugrad import declare
-from gpugrad.cli import main, selftest_ops, selftest_report, selftest_sums
+from gpugrad import backend, declare, kernels, objective, stream
+from gpugrad.cli import main, selftest_cuda, selftest_ops, selftest_report, selftest_sums
+from gpugrad.cli.selftest import misses as misses_of
 from gpugrad.op import registry
 
 
@@ -264,3 +267,116 @@ def test_layouts_hold_the_same_numbers(rng):
     assert len({(v.strides, v.ctypes.data % 16) for v in laid.values()}) == len(laid)
     for view in laid.values():
         np.testing.assert_array_equal(view, x)
+
+
+# --- on the stand-in for CuPy ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(stand_in):
+    """Run one part of the self-test on the stand-in; returns the lines about what missed."""
+
+    def check(part, quick=True):
+        run = selftest_report.Run(backend.as_device("cuda"), quick, lambda _: None)
+        part(run)
+        assert all(group.checks for group in run.groups)
+        return list(misses_of(run.groups))
+
+    return check
+
+
+def test_passes_on_the_stand_in(stand_in, capsys):
+    status = main(["selftest", "--device", "cuda", "--quick"])
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, ""), out
+    for row in ("kernels, float16", "memory", "short of memory", "ops, float32"):
+        assert row in out
+
+
+def test_every_kernel_is_launched(on_device, monkeypatch):
+    """In every form and data type, also when there is little time."""
+    launched, build = set(), kernels.Kernel.object
+    monkeypatch.setattr(kernels.Kernel, "object", lambda self: (launched.add(self), build(self))[1])
+    assert on_device(selftest_cuda.every_kernel) == []
+    assert set(kernels.every()) - launched == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("relu", "y = x > A(0) ? A(x) : A(0);"),  # loses NaN
+        ("swish", "y = A(x) / (A(1) + gpugrad::exponential(-beta * A(x)));"),  # overflows in the tail
+        ("squared_error", "loss = (A(eta) - A(target)) * (A(eta) - A(target)); slope = A(eta) - A(target);"),
+    ],
+)
+def test_wrong_kernel(name, body, on_device, monkeypatch):
+    monkeypatch.setitem(kernels.POINTWISE, name, kernels.POINTWISE[name]._replace(body=body))
+    monkeypatch.setattr(kernels, "_built", functools.cache(kernels._built.__wrapped__))
+    missed = on_device(lambda run: selftest_cuda.every_kernel(run, [selftest_report.SINGLE]))
+    assert missed
+    assert all(f": {name} float" in line for line in missed if "and " not in line)
+
+
+def test_kernel_that_takes_nothing(on_device, monkeypatch):
+    """A launch that always leaves the work to the plain formula is a kernel that nobody has."""
+    monkeypatch.setattr(kernels, "swish_backward", lambda *_: None)
+    missed = on_device(selftest_cuda.every_kernel)
+    assert any("swish_backward float32" in line and "did not take" in line for line in missed)
+
+
+def test_sum_with_other_bits_each_time(on_device, monkeypatch):
+    exact, calls = kernels.bias_relu_backward, []
+
+    def wrong(g, y):
+        dx, db = exact(g, y)
+        calls.append(1)
+        return dx, db * db.dtype.type(1 + 2e-7 * (len(calls) % 2))
+
+    monkeypatch.setattr(kernels, "bias_relu_backward", wrong)
+    assert any("the same bits twice" in line for line in on_device(selftest_cuda.every_kernel))
+
+
+def test_kernel_that_nothing_checks(on_device, monkeypatch):
+    every = list(kernels.every())
+    monkeypatch.setattr(kernels, "every", lambda: iter([*every, every[0]._replace(name="gelu")]))
+    assert on_device(selftest_cuda.every_kernel) == [
+        "MISS kernels that nothing checks: gelu: kernel: got no check, wanted one here"
+    ]
+
+
+def test_memory_that_is_kept(on_device, monkeypatch):
+    held, step = [], gg.optim.Adam.step
+
+    def wrong(self, params, grads):
+        held.append(grads)
+        return step(self, params, grads)
+
+    monkeypatch.setattr(gg.optim.Adam, "step", wrong)
+    assert any("forward, backward and an Adam step: memory in use" in line for line in on_device(selftest_cuda.memory))
+
+
+def test_memory_that_only_the_collector_frees(on_device, monkeypatch):
+    """A cycle holds device memory until Python happens to look."""
+    step = gg.optim.Adam.step
+
+    def wrong(self, params, grads):
+        cycle = [grads]
+        cycle.append(cycle)
+        return step(self, params, grads)
+
+    monkeypatch.setattr(gg.optim.Adam, "step", wrong)
+    assert on_device(selftest_cuda.memory)
+
+
+def test_data_that_is_not_streamed(on_device, monkeypatch):
+    monkeypatch.setattr(objective, "RESIDENT_SHARE", 1e9)
+    monkeypatch.setattr(selftest_cuda, "_room", lambda pool, size: contextlib.nullcontext())
+    missed = on_device(selftest_cuda.short_of_memory)
+    assert any("streamed from the host: data left on the host" in line for line in missed)
+    assert any("blocks halved: warnings: got 0 of them" in line for line in missed)
+
+
+def test_stream_that_loses_a_block(on_device, monkeypatch):
+    feed = stream.Feeder.feed
+    monkeypatch.setattr(stream.Feeder, "feed", lambda self, parts: feed(self, [parts[0], parts[0], *parts[2:]]))
+    assert any("streamed from the host: value" in line for line in on_device(selftest_cuda.short_of_memory))

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 import gpugrad as gg
-from gpugrad.backend import Device, to_device
+from gpugrad.backend import Device, out_of_memory, release_memory, to_device
 from gpugrad.cli.files import finite
 from gpugrad.data import Preprocessor
 from gpugrad.errors import DataError
@@ -170,9 +170,18 @@ def forward(layers: Layers, activation: str | None, X: Floats, device: Device) -
     out = np.empty(len(X), np.float32)
     size = BLOCK[device.kind]
     with gg.no_grad(), gg.device(device):
-        for start in range(0, len(X), size):
-            block = to_device(X[start : start + size], device)
-            out[start : start + size] = gg.asarray(gg.nn.mlp(layers, block, act)).numpy()[:, 0]
+        start = 0
+        while start < len(X):
+            try:
+                block = to_device(X[start : start + size], device)
+                out[start : start + size] = gg.asarray(gg.nn.mlp(layers, block, act)).numpy()[:, 0]
+            except Exception as error:
+                if size == 1 or not out_of_memory(error):
+                    raise
+                size //= 2
+                release_memory(device)
+            else:
+                start += size
     return out
 
 
