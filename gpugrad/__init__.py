@@ -9,6 +9,8 @@ from gpugrad.backend import device, get_device
 from gpugrad.declare import bilinear, case, elementwise, linear, nondiff, primitive
 from gpugrad.errors import (
     DataError,
+    DeviceMemoryError,
+    DeviceMemoryWarning,
     DeviceMismatch,
     DeviceUnavailable,
     GpugradError,
@@ -125,6 +127,8 @@ from gpugrad.transforms import grad, value_and_grad, vjp
 
 __all__ = [
     "DataError",
+    "DeviceMemoryError",
+    "DeviceMemoryWarning",
     "DeviceMismatch",
     "DeviceUnavailable",
     "GpugradError",

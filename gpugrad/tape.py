@@ -270,11 +270,13 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     extra = len(g.shape) - len(shape)
     axes = (*range(extra), *(i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1))
     if type(g) is Tensor:
-        return g.sum(axis=axes).reshape(shape)
-    terms = math.prod(g.shape[i] for i in axes)
-    # as gpugrad.sum does; NumPy adds rows up one after another
-    wide = numpy.float64 if g.dtype == numpy.float32 and terms >= 4096 else None
-    return g.sum(axis=axes, dtype=wide).reshape(shape)
+        total: Any = g.sum(axis=axes)
+    else:
+        terms = math.prod(g.shape[i] for i in axes)
+        # as gpugrad.sum does; NumPy adds rows up one after another
+        wide = numpy.float64 if g.dtype == numpy.float32 and terms >= 4096 else None
+        total = g.sum(axis=axes, dtype=wide)
+    return total if total.shape == shape else total.reshape(shape)  # no view where none is needed: it would be copied
 
 
 def _zeros(like: Any, shape: tuple[int, ...]) -> Any:

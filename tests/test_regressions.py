@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import gpugrad as gg
+from gpugrad import backend
 from gpugrad.objective import _blas
 from gpugrad.op import checksum, recording, registry
 
@@ -400,3 +401,17 @@ def test_an_op_that_gives_back_a_view_is_protected() -> None:
         assert_array_equal(w.grad.numpy(), [1.0, 2.0])
     finally:
         del registry["t_view_of_first"]
+
+
+def test_prediction_on_a_gpu_goes_on_in_smaller_blocks(stand_in):
+    """Training streamed, but the forward pass over the test rows asked for all memory at once."""
+    from gpugrad.cli.model import forward
+
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(5000, 8)).astype(np.float32)
+    layers = gg.nn.init_mlp([8, 16, 1])
+    want = np.asarray(gg.nn.mlp(layers, X))[:, 0]
+    there = [{key: gg.asarray(array, device="cuda").data for key, array in layer.items()} for layer in layers]
+    stand_in.get_default_memory_pool().set_limit(size=200_000)
+    got = forward(there, None, X, backend.as_device("cuda"))
+    np.testing.assert_allclose(got, want, atol=1e-6)
