@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 LIMIT_32_BITS = 1 << 31
 NO_LIMIT = 0x7FFFFFFF
 OPTIONS = [
-    "-O2",
+    "-O1",
     "-std=gnu++17",
     "-fPIC",
     "-fvisibility=hidden",
