@@ -12,7 +12,7 @@ import types
 
 import numpy as np
 import pytest
-from cuda_proof import stand_in as stand_in_module
+from cuda_proof import arrays, below, machine, originals
 from cuda_proof.stand_in import Race, install, signature_of
 from devices import problem
 from numpy.testing import assert_array_equal
@@ -403,12 +403,12 @@ def test_every_public_name_is_there(cupy):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (stand_in_module.ndarray, real.ndarray),
-        (stand_in_module.Stream, real.cuda.Stream),
-        (stand_in_module.Event, real.cuda.Event),
-        (stand_in_module.Device, real.cuda.Device),
-        (stand_in_module.MemoryPool, real.cuda.MemoryPool),
-        (stand_in_module.ufunc, real.ufunc),
+        (arrays.ndarray, real.ndarray),
+        (machine.Stream, real.cuda.Stream),
+        (machine.Event, real.cuda.Event),
+        (machine.Device, real.cuda.Device),
+        (machine.MemoryPool, real.cuda.MemoryPool),
+        (arrays.ufunc, real.ufunc),
     ],
     ids=lambda cls: cls.__name__,
 )  # fmt: skip
@@ -426,7 +426,7 @@ def test_methods_are_cupys_own(ours, theirs):
 
 @pytest.mark.parametrize(
     ("path", "function"),
-    [(path, f) for path, f in stand_in_module._overrides().items() if isinstance(f, types.FunctionType)],
+    [(path, f) for path, f in below.overrides().items() if isinstance(f, types.FunctionType)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_replaced_functions_take_what_cupys_take(path, function):
@@ -509,7 +509,7 @@ def test_versions_and_properties(cupy):
 
 
 def test_installation_leaves_no_trace():
-    before = {name: module for name, module in sys.modules.items() if stand_in_module._is_cupys(name)}
+    before = {name: module for name, module in sys.modules.items() if originals.is_cupys(name)}
     with install(devices=2) as first:
         import cupy
 
@@ -518,7 +518,7 @@ def test_installation_leaves_no_trace():
 
         assert namespace.ndarray is first.ndarray
         first.ones(3).get()
-    after = {name: module for name, module in sys.modules.items() if stand_in_module._is_cupys(name)}
+    after = {name: module for name, module in sys.modules.items() if originals.is_cupys(name)}
     assert after == before
     with install() as again:
         assert again is first
