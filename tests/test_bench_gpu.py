@@ -47,9 +47,10 @@ def test_from_end_to_end(stand_in, tmp_path, capsys):
         assert step["peers"]["gpugrad"]["median_s"] > 0, step
         for row in step["peers"].values():
             assert "median_s" in row or row["missing"], step
+    assert stand_in.get_default_memory_pool().get_limit() == 0  # the streamed step put it back
     small = report["steps"][-1]["peers"]
     assert 0 < small["gpugrad"]["launches"] < small["cupy"]["launches"] / 3
-    assert report["targets"]
+    assert "every pointwise float32 kernel" in report["targets"][0]["what"]
 
 
 def test_no_gpu(monkeypatch, capsys):
@@ -140,6 +141,34 @@ def test_peers_that_are_wrong_or_missing(meter, capsys):
     assert "gone                    missing: not installed" in capsys.readouterr().out
 
 
+@pytest.mark.oracle
+def test_pytorchs_part_gives_the_right_numbers(meter, monkeypatch):
+    """What is compared with is the same computation: PyTorch's code of every step, here on its CPU side."""
+    torch = pytest.importorskip("torch")
+
+    class OnTheCpu:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def from_dlpack(self, array):
+            return torch.from_numpy(array.get())
+
+        def tensor(self, value, device, **options):
+            return torch.tensor(value, **options)
+
+    monkeypatch.setattr(gpu_steps, "_torch", OnTheCpu)
+    ran = 0
+    for make in gpu_steps.STEPS:
+        step = make(meter)
+        for peer in ("torch", "torch composition"):
+            if peer in step.build:
+                made = step.build[peer]()
+                assert gpu_steps._verified(step, made.check(), step.expected()) is None
+                made.run()
+                ran += 1
+    assert ran == len(gpu_steps.STEPS) - 1  # all but the streamed one
+
+
 def test_an_error_of_gpugrads_own_stops_everything(meter):
     def fail():
         raise RuntimeError("broken")
@@ -163,7 +192,13 @@ def test_targets():
 
     least = ({"peer": "torch", "least": 2.0},)
     report = {
-        "kernels": [kernel("relu", 0.95), kernel("swish", 0.85), kernel("relu", 0.1, "float64")],
+        "kernels": [
+            kernel("relu", 0.95),
+            kernel("swish", 0.85),
+            kernel("relu", 0.1, "float64"),
+            kernel("adam_update", 0.1),
+            {"kernel": "swish", "dtype": "float32", "skipped": "out of time"},
+        ],
         "steps": [
             {"name": "fast", "targets": least, "peers": times(1.0, {"median_s": 2.5})},
             {"name": "slow", "targets": least, "peers": times(1.0, {"median_s": 1.5})},
