@@ -17,16 +17,19 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 complain() { printf 'bench/gpu.sh: %s\n' "$*" >&2; }
 
-absent=$("$python" - <<'EOF'
-import importlib.util as found
-needed = ("numpy", "optree", "array_api_compat", "safetensors", "threadpoolctl", "tqdm", "pytest")
-print(*(name for name in needed if found.find_spec(name) is None))
+need() {
+    local absent
+    absent=$("$python" - "$@" <<'EOF'
+import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
 EOF
-) || { complain "cannot run $python"; exit 1; }
-if [[ -n $absent ]]; then
-    complain "$python has no ${absent// /, }"
-    exit 1
-fi
+    ) || { complain "cannot run $python"; exit 1; }
+    if [[ -n $absent ]]; then
+        complain "$python has no ${absent// /, }"
+        exit 1
+    fi
+}
+need numpy optree array_api_compat safetensors threadpoolctl tqdm
 if ! card=$("$python" - <<'EOF'
 import re, sys
 from gpugrad import backend
@@ -38,6 +41,7 @@ EOF
 ); then
     exit 3
 fi
+need pytest
 
 folder=${1:-bench/results/gpu-$card-$(date +%F)}
 mkdir -p "$folder" || exit 1
