@@ -53,21 +53,27 @@ impossible() {
     exit 3
 }
 
-# A step is one line when it has passed, and all its output when it has not.
-run() {
+# A step is one line when it has passed. What fails in `run` is this project's, what fails in `need` the machine's.
+attempt() {
     local start=$SECONDS
     step=$1
     shift
-    local status=0
     set +e # for the subshell's own sake: in a condition its errors would not end it
     (set -e; "$@") >"$work/log" 2>&1
     status=$?
     set -e
+    if [[ $status -eq 0 ]]; then printf '%4d s  %s\n' $((SECONDS - start)) "$step"; fi
+}
+run() {
+    attempt "$@"
     if [[ $status -ne 0 ]]; then
         cat "$work/log" >&2
         exit 1
     fi
-    printf '%4d s  %s\n' $((SECONDS - start)) "$step"
+}
+need() {
+    attempt "$@"
+    if [[ $status -ne 0 ]]; then impossible "$step: $(tail -n 1 "$work/log")"; fi
 }
 
 # Its own storage: images of this machine are neither used nor touched.
@@ -83,7 +89,7 @@ choose_engine() {
     if ! command -v buildah >/dev/null || ! command -v debootstrap >/dev/null; then
         [[ $install == true ]] || impossible "no Docker engine answers, buildah or debootstrap is missing (--install)"
         command -v apt-get >/dev/null || impossible "no Docker engine answers, and there is no apt-get for buildah"
-        run "install buildah and debootstrap" install_buildah
+        need "install buildah and debootstrap" install_buildah
     fi
     engine=buildah
     mkdir "$work/storage" "$work/runroot"
@@ -98,14 +104,15 @@ install_buildah() {
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends buildah debootstrap
 }
 
-# The base image. Docker pulls it by itself; buildah too where a registry answers, else one is made of Debian's packages.
+# The base image from here or a registry; for buildah, where no registry answers, one made of Debian's packages.
 base_image() {
     base=${BASE_IMAGE:-docker.io/library/$(sed -n 's/^ARG BASE_IMAGE=//p' "$root/docker/Dockerfile")}
-    if [[ $engine == docker ]] || timeout --foreground 2m buildah "${storage[@]}" pull --quiet "$base" >/dev/null 2>&1; then
-        return
+    if [[ $engine == docker ]]; then
+        docker image inspect "$base" >/dev/null 2>&1 || need "pull $base" docker pull "$base"
+    elif ! timeout --foreground 2m buildah "${storage[@]}" pull --quiet "$base" >/dev/null 2>&1; then
+        base=localhost/debian-python:bookworm
+        need "base image from Debian's packages, since no registry gave the real one" debian_image
     fi
-    base=localhost/debian-python:bookworm
-    run "base image from Debian's packages, since no registry gave the real one" debian_image
 }
 debian_image() {
     local container folder
