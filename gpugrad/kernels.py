@@ -502,8 +502,9 @@ def _update(
 ) -> list[Array]:
     """Launch an update over arrays of one dtype, MANY at a time, and return the new weights."""
     cupy = backend.cupy()
-    weights = [cupy.ascontiguousarray(w) for w in weights]
-    gradients = [cupy.ascontiguousarray(g) for g in gradients]
+    # not of what is contiguous: ascontiguousarray gives an array of no axes one
+    weights = [w if w.flags.c_contiguous else cupy.ascontiguousarray(w) for w in weights]
+    gradients = [g if g.flags.c_contiguous else cupy.ascontiguousarray(g) for g in gradients]
     out = [cupy.empty(w.shape, dtype=w.dtype) for w in weights]
     for start in range(0, len(weights), MANY):
         stop = min(start + MANY, len(weights))

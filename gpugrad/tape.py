@@ -16,7 +16,7 @@ import math
 import operator
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +25,7 @@ import optree
 
 from gpugrad import backend
 from gpugrad import op as _op
+from gpugrad.backend import HOST_TYPES
 from gpugrad.errors import GraphFreed, NotDifferentiable, ShapeMismatch
 from gpugrad.op import Aval, Node, box, output_node, recording, verify
 from gpugrad.tensor import Tensor
@@ -110,10 +111,13 @@ def sweep(
     # An infinite slope is an answer here, not a mishap to warn about; forward keeps NumPy's own warnings.
     recorded, recording.on = recording.on, create
     try:
-        with numpy.errstate(all="ignore"), backend.activate(_where(outputs)):
+        with numpy.errstate(all="ignore"), ExitStack() as places:
+            here = backend.CPU
             for node in reversed(order):
                 g = cotangents.pop(node, None)
                 op = node.op
+                if g.__class__ not in _ON_HOST:
+                    here = _follow(places, here, g)
                 if g is not None and (op is None or node in wanted):
                     results[node] = g if g.dtype == node.dtype else g.astype(node.dtype)
                 if op is None:
@@ -177,7 +181,11 @@ def sweep(
                     if gi.dtype != dtype:
                         gi = gi.astype(dtype)
                     before = cotangents.get(parent)
-                    cotangents[parent] = gi if before is None else before + gi
+                    if before is not None:
+                        if gi.__class__ not in _ON_HOST:  # the rule may have moved it
+                            here = _follow(places, here, gi)
+                        gi = before + gi
+                    cotangents[parent] = gi
                 if not keep:
                     node.saved, node.parents, node.guard = None, (), None
     finally:
@@ -198,12 +206,17 @@ def _by_kernels(node: Node, g: Any, useful: set[Node] | None) -> tuple[Any, Any]
     return op.partials, op.cuda.backward(wanted, g, *node.saved)
 
 
-def _where(outputs: Sequence[tuple[Node, Any]]) -> backend.Device:
-    """Return the device the cotangents are on: plain CuPy arithmetic runs on the current one."""
-    if not outputs:
-        return backend.CPU
-    cotangent = outputs[0][1]
-    return backend.device_of(cotangent._data if type(cotangent) is Tensor else cotangent)
+# What needs no device made current: host arrays and numbers, nothing, lists of parts, and Tensors, whose ops do it.
+_ON_HOST = HOST_TYPES | {type(None), list, Tensor}
+
+
+def _follow(places: ExitStack, here: backend.Device, g: Any) -> backend.Device:
+    """Make the device of a cotangent the current one, on which plain CuPy arithmetic runs; graphs may cross devices."""
+    where = backend.device_of(g)
+    if where != here and where.kind == "cuda":
+        places.enter_context(backend.activate(where))
+        return where
+    return here
 
 
 def _hand_to_parent(node: Node, g: Any, cotangents: dict[Node, Any]) -> None:

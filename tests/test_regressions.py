@@ -415,3 +415,33 @@ def test_prediction_on_a_gpu_goes_on_in_smaller_blocks(stand_in):
     stand_in.get_default_memory_pool().set_limit(size=200_000)
     got = forward(there, None, X, backend.as_device("cuda"))
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "path", [("cuda:0", "cuda:1"), ("cuda:1", "cpu"), ("cuda:1", "cuda:0", "cuda:1"), ("cpu", "cuda:1")]
+)
+def test_a_graph_across_devices(stand_in, path):
+    """The whole reverse sweep ran on the device of its first cotangent."""
+    x = gg.tensor(np.linspace(-1, 1, 12).reshape(3, 4), device=path[0], requires_grad=True)
+    b = gg.tensor(np.linspace(0, 1, 4), device=path[0], requires_grad=True)
+    y = gg.swish(gg.bias_relu(x, b)) + x
+    for where in path[1:]:
+        y = gg.exp(y.to(where))
+    with backend.activate(backend.as_device("cuda:0")):
+        y.sum().backward()
+    xs, bs = (gg.tensor(t.numpy(), requires_grad=True) for t in (x, b))
+    want = gg.swish(gg.bias_relu(xs, bs)) + xs
+    for _ in path[1:]:
+        want = gg.exp(want)
+    want.sum().backward()
+    for got, right in ((x, xs), (b, bs)):
+        assert got.grad.device == path[0]
+        assert_allclose(got.grad.numpy(), right.grad.numpy(), rtol=1e-13)
+
+
+def test_a_parameter_of_no_axes_keeps_its_shape(stand_in):
+    """CuPy's ascontiguousarray gives an array of no axes one."""
+    weights = {"b": gg.asarray(np.float32(0.5), device="cuda").data, "w": stand_in.ones(3, dtype="float32")}
+    new = gg.optim.Adam(0.1).step(weights, weights)
+    assert new["b"].shape == ()
+    assert new["w"].shape == (3,)
