@@ -355,10 +355,7 @@ class ndarray:
         plain, arrays = _index(self, index)
         if not arrays:
             return as_view(self, self._a[(*plain, ...) if Ellipsis not in plain else tuple(plain)])
-        masks = [a for a in arrays if a.dtype.kind == "b" and a.size]
-        for _ in masks:
-            read_one()  # how many are true decides the result's shape
-        launch([self, *arrays], count=1 + 2 * len(masks))
+        launch([self, *arrays], count=1 + _count_masks(arrays))
         return owned(self._a[tuple(plain)])
 
     def __setitem__(self, index, value):
@@ -374,11 +371,7 @@ class ndarray:
                 target._a[...] = _unit_dims_off(value._a, target.ndim)
             return
         value = value if isinstance(value, ndarray) else here.cupy.array(value, dtype=self.dtype)
-        for mask in (a for a in arrays if a.dtype.kind == "b" and a.size):
-            if len(arrays) > 1 or value.ndim:
-                read_one()
-            del mask
-        launch([value, *arrays], [self])
+        launch([value, *arrays], [self], count=1 + _count_masks(arrays))
         with numpy.errstate(all="ignore"):
             self._a[tuple(plain)] = value._a
 
@@ -394,7 +387,7 @@ class ndarray:
             value = value if isinstance(value, ndarray) else here.cupy.array(value, dtype=self.dtype)
         elif not isinstance(value, ndarray):
             _scalar(value)
-        launch([a for a in (value, *arrays) if isinstance(a, ndarray)], [self])
+        launch([a for a in (value, *arrays) if isinstance(a, ndarray)], [self], count=1 + _count_masks(arrays))
         with numpy.errstate(all="ignore"):
             given = _plain(value)
             function.at(self._a, tuple(plain), given.astype(self.dtype) if isinstance(given, HOST) else given)
@@ -761,6 +754,14 @@ def _axes_of(part):
     if isinstance(part, HOST) and part.dtype.kind == "b":
         return part.ndim
     return int(part is not None and part is not Ellipsis)
+
+
+def _count_masks(arrays):
+    """How many elements each mask takes is counted by kernels, and read back. Returns how many kernels."""
+    masks = [a for a in arrays if a.dtype.kind == "b" and a.size]
+    for _ in masks:
+        read_one()
+    return 2 * len(masks)
 
 
 def argwhere(array):
