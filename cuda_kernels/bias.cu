@@ -32,8 +32,8 @@ __device__ __forceinline__ void bias_relu(const A* g, const T* y, A* dx, double*
 }
 
 template <int N>
-__device__ __forceinline__ void bias_swish(const A* g, const T* x, const T* b, A beta, A* dx, double* partial,
-                                           long long rows, long long cols) {
+__device__ __forceinline__ void bias_swish(const A* g, const T* x, const T* b, A beta, int masked, A* dx,
+                                           double* partial, long long rows, long long cols) {
   const gpugrad::Place at(cols / N, N);
   A bias[N];
 #pragma unroll
@@ -48,7 +48,7 @@ __device__ __forceinline__ void bias_swish(const A* g, const T* x, const T* b, A
       },
       [&](int k, long long) {
         const A z = beta * (A(xs[k]) + bias[k]);
-        return out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)));
+        return out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)), masked);
       },
       [&](long long e) { out.store(dx + e); });
 }
@@ -61,11 +61,11 @@ GPUGRAD_KERNEL bias_relu_wide(const A* g, const T* y, A* dx, double* partial, lo
 GPUGRAD_KERNEL bias_relu_narrow(const A* g, const T* y, A* dx, double* partial, long long rows, long long cols) {
   bias_relu<1>(g, y, dx, partial, rows, cols);
 }
-GPUGRAD_KERNEL bias_swish_wide(const A* g, const T* x, const T* b, A beta, A* dx, double* partial, long long rows,
-                               long long cols) {
-  bias_swish<WIDE>(g, x, b, beta, dx, partial, rows, cols);
+GPUGRAD_KERNEL bias_swish_wide(const A* g, const T* x, const T* b, A beta, int masked, A* dx,
+                               double* partial, long long rows, long long cols) {
+  bias_swish<WIDE>(g, x, b, beta, masked, dx, partial, rows, cols);
 }
-GPUGRAD_KERNEL bias_swish_narrow(const A* g, const T* x, const T* b, A beta, A* dx, double* partial, long long rows,
-                                 long long cols) {
-  bias_swish<1>(g, x, b, beta, dx, partial, rows, cols);
+GPUGRAD_KERNEL bias_swish_narrow(const A* g, const T* x, const T* b, A beta, int masked, A* dx,
+                                 double* partial, long long rows, long long cols) {
+  bias_swish<1>(g, x, b, beta, masked, dx, partial, rows, cols);
 }

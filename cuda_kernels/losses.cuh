@@ -5,9 +5,9 @@
 //
 // The logistic loss is softplus(eta) at y = 0 and softplus(-eta) at y = 1, with slopes sigma(eta) and -sigma(-eta): no
 // digit is lost however sure the model is, and eta = inf, y = 1 costs 0. softplus(z) = max(z, 0) + log1p(exp(-|z|)).
-// Relative error, float / double (half: 1 ulp): squared error 2e-7 / 4e-16 of the rounded difference; logistic loss and
-// slope for y in {0, 1} 3e-7 / 5e-16, or 5e-7 / 7e-16 with exp and log1p off by the most CUDA documents; for fractional y
-// absolute 2e-7 / 4e-16 (4e-7 / 5e-16) times max(1, |eta|).
+// Relative error, float / double (half: 1 ulp): squared error 2e-7 / 4e-16 of the rounded difference; logistic loss
+// and slope for y in {0, 1} 3e-7 / 5e-16, or 5e-7 / 7e-16 with exp and log1p off by the most CUDA documents; for
+// fractional y absolute 2e-7 / 4e-16 (4e-7 / 5e-16) times max(1, |eta|).
 #pragma once
 
 #include "math.cuh"

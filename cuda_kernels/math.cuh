@@ -22,8 +22,11 @@ __device__ __forceinline__ double root(double x) { return sqrt(x); }
 
 template <class A> __device__ __forceinline__ bool is_infinite(A x) { return x - x != 0 && x == x; }
 
-// g * d, where an exact zero wins over an infinity or NaN on the other side: the branch that a mask dropped stays out.
-template <class A> __device__ __forceinline__ A times(A g, A d) { return g == 0 || d == 0 ? A(0) : g * d; }
+// The product of a cotangent and a slope. Where `masked`, an exact zero on either side wins over an infinity or NaN on
+// the other: what an op further up has dropped (`where`, `maximum`) must stay out.
+template <class A> __device__ __forceinline__ A times(A g, A d, int masked) {
+  return masked && (g == 0 || d == 0) ? A(0) : g * d;
+}
 
 // sigma(z) and sigma(-z) from one exponential, each to full relative accuracy in its tail, with no overflow:
 //   t = exp(-|z|);  s = (z >= 0 ? 1 : t) / (1 + t);  c = (z >= 0 ? t : 1) / (1 + t)
@@ -66,7 +69,7 @@ template <class T> struct Pack<T, 1> {
 
 // The column of an element of a row-major matrix; division by 64 bits costs several times that by 32.
 __device__ __forceinline__ long long column(long long element, long long width) {
-  return element >> 31 ? element % width : (long long)((unsigned)element % (unsigned)width);
+  return (element | width) >> 31 ? element % width : (long long)((unsigned)element % (unsigned)width);
 }
 
 }  // namespace gpugrad

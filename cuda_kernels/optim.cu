@@ -9,8 +9,8 @@
 // Half-precision weights are updated in float and rounded once; the state is of type A. Relative error of an update
 // 4e-7 (float), 6e-16 (double). w' is a new array: the old weights stay as they are.
 //
-// The table of pointers is a kernel argument, passed by value: no copy to the device. A block works on CHUNK elements of
-// one parameter. Build alone: nvcc -cubin -arch=sm_90 -DGPUGRAD_T=float cuda_kernels/optim.cu (half: as swish_sum.cu
+// The table of pointers is a kernel argument, passed by value: no copy to the device. A block works on CHUNK elements
+// of one parameter. Build alone: nvcc -cubin -arch=sm_90 -DGPUGRAD_T=float cuda_kernels/optim.cu (half: as swish_sum.cu
 // tells). Launch: 256 threads; grid: begin[count] blocks.
 #include "math.cuh"
 

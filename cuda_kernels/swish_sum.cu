@@ -13,8 +13,8 @@ constexpr int WIDE = 16 / sizeof(T);
 // beta is beta_at[column * beta_step], or beta_value where beta_at is null. For one beta for all elements, rows x cols
 // is any matrix of the same elements (WIDE columns, or 1), and its column sums are added up in the end.
 template <int N>
-__device__ __forceinline__ void swish_sum(const A* g, const T* x, const A* beta_at, A beta_value, int beta_step, A* dx,
-                                          double* partial, long long rows, long long cols) {
+__device__ __forceinline__ void swish_sum(const A* g, const T* x, const A* beta_at, A beta_value, int beta_step,
+                                          int masked, A* dx, double* partial, long long rows, long long cols) {
   const gpugrad::Place at(cols / N, N);
   A beta[N];
 #pragma unroll
@@ -30,20 +30,20 @@ __device__ __forceinline__ void swish_sum(const A* g, const T* x, const A* beta_
       [&](int k, long long) {
         const A v = xs[k], z = beta[k] * v;
         const gpugrad::Sigmoid<A> of(z);
-        out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, of));
-        return gpugrad::times(A(gs[k]), gpugrad::swish_dbeta(v, of));
+        out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, of), masked);
+        return gpugrad::times(A(gs[k]), gpugrad::swish_dbeta(v, of), masked);
       },
       [&](long long e) { out.store(dx + e); });
 }
 
 extern "C" __global__ void __launch_bounds__(gpugrad::BLOCK)
-    swish_sum_wide(const A* g, const T* x, const A* beta_at, A beta_value, int beta_step, A* dx, double* partial,
-                   long long rows, long long cols) {
-  swish_sum<WIDE>(g, x, beta_at, beta_value, beta_step, dx, partial, rows, cols);
+    swish_sum_wide(const A* g, const T* x, const A* beta_at, A beta_value, int beta_step, int masked, A* dx,
+                   double* partial, long long rows, long long cols) {
+  swish_sum<WIDE>(g, x, beta_at, beta_value, beta_step, masked, dx, partial, rows, cols);
 }
 
 extern "C" __global__ void __launch_bounds__(gpugrad::BLOCK)
-    swish_sum_narrow(const A* g, const T* x, const A* beta_at, A beta_value, int beta_step, A* dx, double* partial,
-                     long long rows, long long cols) {
-  swish_sum<1>(g, x, beta_at, beta_value, beta_step, dx, partial, rows, cols);
+    swish_sum_narrow(const A* g, const T* x, const A* beta_at, A beta_value, int beta_step, int masked, A* dx,
+                     double* partial, long long rows, long long cols) {
+  swish_sum<1>(g, x, beta_at, beta_value, beta_step, masked, dx, partial, rows, cols);
 }

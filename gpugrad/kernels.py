@@ -66,7 +66,8 @@ class Pointwise(NamedTuple):
 
     file: where its functions are. inputs: names of arrays; a trailing ``:A`` marks the accumulate type, otherwise it is
     the data's type T. numbers: inputs that may be single numbers, of type A. rows: inputs that may be rows, of type T.
-    outputs: as inputs. body: CUDA text from the names to the outputs, with `A` standing for the accumulate type.
+    outputs: as inputs. body: CUDA text from the names to the outputs, with `A` standing for the accumulate type; a flag
+    `masked` in it is one more input.
     """
 
     file: str
@@ -75,6 +76,10 @@ class Pointwise(NamedTuple):
     body: str
     numbers: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+
+    @property
+    def masks(self) -> bool:
+        return "masked" in self.body
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -101,14 +106,15 @@ POINTWISE = {
         "swish.cuh",
         ("g:A", "x"),
         ("dx:A",),
-        "const A z = beta * A(x); dx = gpugrad::times<A>(g, gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)));",
+        "const A z = beta * A(x); dx = gpugrad::times<A>(g, gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)), masked);",
         ("beta",),
     ),
     "swish_backward_kept": Pointwise(
         "swish.cuh",
         ("g:A", "x", "m:A"),
         ("dx:A",),
-        "const A z = beta * A(x); dx = gpugrad::times<A>(g, gpugrad::swish_dx(z, gpugrad::from_kept<A>(z, m)));",
+        "const A z = beta * A(x);"
+        " dx = gpugrad::times<A>(g, gpugrad::swish_dx(z, gpugrad::from_kept<A>(z, m)), masked);",
         ("beta",),
     ),
     "swish_backward_both": Pointwise(
@@ -116,8 +122,8 @@ POINTWISE = {
         ("g:A", "x"),
         ("dx:A", "dbeta:A"),
         "const A z = beta * A(x); const gpugrad::Sigmoid<A> of(z);"
-        " dx = gpugrad::times<A>(g, gpugrad::swish_dx(z, of));"
-        " dbeta = gpugrad::times<A>(g, gpugrad::swish_dbeta<A>(x, of));",
+        " dx = gpugrad::times<A>(g, gpugrad::swish_dx(z, of), masked);"
+        " dbeta = gpugrad::times<A>(g, gpugrad::swish_dbeta<A>(x, of), masked);",
         ("beta",),
     ),
     "bias_relu": Pointwise("relu.cuh", ("x",), ("y",), "y = gpugrad::relu<A>(A(x) + A(b));", rows=("b",)),
@@ -200,9 +206,10 @@ class Kernel(NamedTuple):
         inputs, outputs = _typed(spec.inputs, self.dtype), _typed(spec.outputs, self.dtype)
         numbers = [(name, wide) for name in spec.numbers]
         rows = [(name, self.dtype) for name in spec.rows]
+        flags = ["int32 masked"] if spec.masks else []
         alias = f"typedef {_CUDA[wide]} A;"
         if self.form == "strided":
-            declared = ", ".join(f"{dtype} {name}" for name, dtype in inputs + rows + numbers)
+            declared = ", ".join([f"{dtype} {name}" for name, dtype in inputs + rows + numbers] + flags)
             return declared, ", ".join(f"{dtype} {name}" for name, dtype in outputs), f"{alias} {spec.body}"
         by_value = numbers
         at, along = [], list(rows)
@@ -214,7 +221,7 @@ class Kernel(NamedTuple):
         declared = ", ".join(
             [f"raw {dtype} {name}_" for name, dtype in arrays + at]
             + [f"{dtype} {name}" for name, dtype in by_value]
-            + ["int64 width", "int64 count"]
+            + [*flags, "int64 width", "int64 count"]
         )
         width = self.pack
         types = {name: _element(dtype) for name, dtype in arrays + outputs}
@@ -297,7 +304,7 @@ def _broadcasts(value: Array, x: Array) -> bool:
     return value.ndim <= x.ndim and all(n in (1, m) for n, m in zip(value.shape[::-1], x.shape[::-1], strict=False))
 
 
-def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any = None) -> Any:
+def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any = None, masked: bool = False) -> Any:
     """Launch a pointwise kernel in the form that fits, on arrays of one shape; returns its outputs."""
     spec = POINTWISE[name]
     x = arrays[next(k for k, given in enumerate(spec.inputs) if not given.endswith(":A"))]
@@ -328,6 +335,8 @@ def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any 
         else:
             return None
         values.append(number)
+    if spec.masks:
+        values.append(numpy.int32(masked))
     kernel = Kernel(name, form, dtype)
     whole = form != "packed-row" or x.shape[-1] % kernel.pack == 0
     packable = (
@@ -364,19 +373,19 @@ def swish_keep(x: Array, beta: Any) -> Any:
     return _pointwise("swish_keep", (x,), beta)
 
 
-def swish_backward(g: Array, x: Array, beta: Any) -> Any:
-    """g times the slope of swish in x."""
-    return _pointwise("swish_backward", (g, x), beta)
+def swish_backward(g: Array, x: Array, beta: Any, masked: bool = False) -> Any:
+    """g times the slope of swish in x; where `masked`, an exact zero on either side wins."""
+    return _pointwise("swish_backward", (g, x), beta, masked=masked)
 
 
-def swish_backward_kept(g: Array, x: Array, m: Array, beta: Any) -> Any:
+def swish_backward_kept(g: Array, x: Array, m: Array, beta: Any, masked: bool = False) -> Any:
     """As `swish_backward`, from what `swish_keep` kept."""
-    return _pointwise("swish_backward_kept", (g, x, m), beta)
+    return _pointwise("swish_backward_kept", (g, x, m), beta, masked=masked)
 
 
-def swish_backward_both(g: Array, x: Array, beta: Any) -> Any:
+def swish_backward_both(g: Array, x: Array, beta: Any, masked: bool = False) -> Any:
     """g times the slopes of swish in x and in beta, each of x's shape."""
-    return _pointwise("swish_backward_both", (g, x), beta)
+    return _pointwise("swish_backward_both", (g, x), beta, masked=masked)
 
 
 def bias_relu(x: Array, b: Array) -> Any:
@@ -447,7 +456,7 @@ def _matrix(g: Any, x: Any) -> tuple[Array, Array, int, int] | None:
     return cupy.ascontiguousarray(g), cupy.ascontiguousarray(x), x.size // cols, cols
 
 
-def swish_backward_sum(g: Array, x: Array, beta: Any) -> Any:
+def swish_backward_sum(g: Array, x: Array, beta: Any, masked: bool = False) -> Any:
     """Return g times the slope of swish in x, and the sum of g times its slope in beta over what beta spans.
 
     beta: one number (the sum has shape () or that of beta), or an array of shape (columns,). Same bits every time.
@@ -465,7 +474,9 @@ def swish_backward_sum(g: Array, x: Array, beta: Any) -> Any:
     g, x, rows, cols = fit
     pointer, value, step = given
     pointer = numpy.uintp(0) if pointer is None else pointer
-    dx, sums = _summed("swish_sum", (g, x), (pointer, value, numpy.int32(step)), rows, cols, one=not step)
+    dx, sums = _summed(
+        "swish_sum", (g, x), (pointer, value, numpy.int32(step), numpy.int32(masked)), rows, cols, one=not step
+    )
     return dx, sums.reshape(beta.shape) if backend.is_cuda_array(beta) else sums
 
 
@@ -475,7 +486,7 @@ def bias_relu_backward(g: Array, y: Array) -> Any:
     return None if fit is None else _summed("bias_relu", fit[:2], (), *fit[2:], one=False)
 
 
-def bias_swish_backward(g: Array, x: Array, b: Array, beta: Any) -> Any:
+def bias_swish_backward(g: Array, x: Array, b: Array, beta: Any, masked: bool = False) -> Any:
     """Return the cotangents of x and b in swish(x + b, beta); beta a Python or NumPy number."""
     fit = _matrix(g, x)
     if fit is None or not backend.is_cuda_array(b) or b.dtype != x.dtype or not _is_row(b, x):
@@ -484,7 +495,7 @@ def bias_swish_backward(g: Array, x: Array, b: Array, beta: Any) -> Any:
     if backend.is_cuda_array(beta) or not _number(beta, x):
         return None
     b = backend.cupy().ascontiguousarray(b)
-    return _summed("bias_swish", fit[:2], (b, wide.type(beta)), *fit[2:], one=False)
+    return _summed("bias_swish", fit[:2], (b, wide.type(beta), numpy.int32(masked)), *fit[2:], one=False)
 
 
 # ------------------------------------------------------------------------------------------------ optimiser updates

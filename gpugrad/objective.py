@@ -304,6 +304,8 @@ class Objective:
         batch.rows = len(part)
         batch.data, batch._picked = (self.data, part) if data is None else (data, None)
         batch._divisor = batch.rows if self.reduction == "mean" else batch.rows / self.rows
+        if data is not None and self._ready is not None:
+            batch._ready = backend.mark(self.device)  # gathered on this stream, perhaps evaluated on another
         return batch
 
     # ------------------------------------------------------------------------------------------------ inside

@@ -43,8 +43,9 @@ class Cuda(NamedTuple):
     """Kernels of an elementwise op for CUDA arrays; each returns None for arguments it does not take.
 
     forward(*arrays) -> array. residual(*arrays) -> (array, intermediate), for a recorded call.
-    backward(wanted, g, y, *arrays, *intermediate) -> a cotangent an argument; `wanted` has the shape of each whose
-    cotangent is wanted, else None. Without it the op's partials take the intermediate.
+    backward(wanted, masked, g, y, *arrays, *intermediate) -> a cotangent an argument; `wanted` has the shape of each
+    whose cotangent is wanted, else None; where `masked`, an exact zero wins in products. Without it the op's partials
+    take the intermediate.
     """
 
     forward: Callable[..., Any]

@@ -135,6 +135,9 @@ def sweep(
                     verify(node)
                 parents = node.parents
                 params = node.params
+                in_mask = bool(masked) and node in masked
+                if in_mask or (op.masks and (op.masks is True or op.masks(node))):
+                    masked.update(p for p in parents if p is not None)
                 partials = op.partials
                 parts = None
                 if node.dtype == _HALF and op.outputs == 1:  # read as float16, computed in float32 and rounded once
@@ -142,15 +145,12 @@ def sweep(
                 if create:
                     saved = _linked(node)
                 elif op.cuda is not None and backend.is_cuda_array(g):
-                    partials, parts = _by_kernels(node, g, useful)
+                    partials, parts = _by_kernels(node, g, useful, in_mask)
                     saved = saved[: len(parents) + 1] if partials is op.partials else saved
                 elif op.residual is not None:
                     partials = op.residual[1]
                 if node.dtype == _HALF:
                     saved = _widened(saved)
-                in_mask = bool(masked) and node in masked
-                if in_mask or (op.masks and (op.masks is True or op.masks(node))):
-                    masked.update(p for p in parents if p is not None)
                 latest = product = None
                 for i, parent in enumerate(parents):
                     if parent is None or (useful is not None and parent not in useful):
@@ -193,7 +193,7 @@ def sweep(
     return results
 
 
-def _by_kernels(node: Node, g: Any, useful: set[Node] | None) -> tuple[Any, Any]:
+def _by_kernels(node: Node, g: Any, useful: set[Node] | None, masked: bool) -> tuple[Any, Any]:
     """Return the partials that fit what a node on CUDA saved, and the cotangents from its kernels, None if none."""
     op = node.op
     assert op is not None
@@ -203,7 +203,7 @@ def _by_kernels(node: Node, g: Any, useful: set[Node] | None) -> tuple[Any, Any]
         kept = len(node.saved) > len(node.parents) + 1
         return op.residual[1] if kept and op.residual is not None else op.partials, None
     wanted = tuple(None if p is None or not (useful is None or p in useful) else p.shape for p in node.parents)
-    return op.partials, op.cuda.backward(wanted, g, *node.saved)
+    return op.partials, op.cuda.backward(wanted, masked, g, *node.saved)
 
 
 # What needs no device made current: host arrays and numbers, nothing, lists of parts, and Tensors, whose ops do it.

@@ -28,7 +28,7 @@ def texts(kernel, built=None):
         yield machine_code.raw(f"{kernel.name} {kernel.dtype}", built)
         return
     spec = kernels.POINTWISE[kernel.name]
-    scalars = {"width", "count"} | (set() if kernel.form == "packed-at" else set(spec.numbers))
+    scalars = {"width", "count", "masked"} | (set() if kernel.form == "packed-at" else set(spec.numbers))
     for layout in LAYOUTS if kernel.form == "strided" else LAYOUTS[:1]:
         label = f"{kernel.name} {kernel.form} {kernel.dtype} {layout}"
         yield machine_code.elementwise(label, built, layout, scalars)

@@ -80,15 +80,17 @@ def pick(name, form="strided", dtype=SINGLE):
 # ------------------------------------------------------------------------------------------------------ running
 
 
-def launch(kernel, arrays, numbers=(), row=None, *, built=None, out=None, **how):
+def launch(kernel, arrays, numbers=(), row=None, *, masked=False, built=None, out=None, **how):
     """Run a pointwise kernel as kernels.py launches its form; returns its outputs.
 
-    arrays: in the order of the kernel's inputs, of one shape. numbers: beta, a number or an array. row: b.
+    arrays: in the order of the kernel's inputs, of one shape. numbers: beta, a number or an array. row: b. masked: for
+    those that take the flag.
     """
     built = built or kernel.object()
     wide = WIDE[kernel.dtype]
     values = list(arrays) + ([] if row is None else [row])
     values += [n if isinstance(n, np.ndarray) else wide.type(n) for n in numbers]
+    values += [np.int32(masked)] if kernels.POINTWISE[kernel.name].masks else []
     if kernel.form == "strided":
         return emulator.run_elementwise(built, (*values, *(out or ())), **how)
     x = arrays[0]
@@ -409,10 +411,10 @@ def sparse(n, dtype):
 TINY = {HALF: 6e-8, SINGLE: 1e-40, DOUBLE: 1e-310}  # subnormal: of float32 zero on the device, of the others not
 
 
-def special(kernel, *arrays):
+def special(kernel, *arrays, masked=False):
     """Launch with plain lists of numbers, beta = 1."""
     typed = [np.array(a, dtype) for a, (_, dtype) in zip(arrays, inputs_of(kernel), strict=True)]
-    return launch(kernel, typed, (1.0,) if has_beta(kernel) else ())
+    return launch(kernel, typed, (1.0,) if has_beta(kernel) else (), masked=masked)
 
 
 def assert_same(got, want):
@@ -507,13 +509,35 @@ def test_swish_slope_at_its_root_and_greatest(dtype):
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
-def test_a_zero_cotangent_wins_over_infinity(dtype):
-    x = [np.nan, np.inf, -np.inf, 1.0]
+def test_a_zero_wins_where_masked_and_nowhere_else(dtype):
+    x, far = [np.nan, np.inf, -np.inf, 1.0], [-np.inf, -np.inf]
     for name in ("swish_backward", "swish_backward_both"):
-        for result in special(pick(name, "strided", dtype), np.zeros(4), x):
+        kernel = pick(name, "strided", dtype)
+        for result in special(kernel, np.zeros(4), x, masked=True):
             assert np.all(result == 0)
-    (dx,) = special(pick("swish_backward", "strided", dtype), [np.inf, np.nan], [-np.inf, -np.inf])
-    assert np.all(dx == 0)
+        assert np.isnan(special(kernel, np.zeros(4), x)[0]).tolist() == [True, False, False, False]
+        assert np.all(special(kernel, [np.inf, np.nan], far, masked=True)[0] == 0)
+        assert np.all(np.isnan(special(kernel, [np.inf, np.nan], far)[0]))
+    kernel = pick("swish_backward_kept", "packed", dtype)
+    assert special(kernel, [0.0, np.inf], [1.0, -np.inf], [np.nan, 0.0], masked=True)[0].tolist() == [0, 0]
+    assert np.all(np.isnan(special(kernel, [0.0, np.inf], [1.0, -np.inf], [np.nan, 0.0])[0]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+def test_a_zero_wins_in_the_sums_where_masked(stand_in, dtype, masked):
+    wide = WIDE[dtype]
+    g = stand_in.asarray(np.array([[0, np.inf], [1, 1]], wide))
+    x = stand_in.asarray(np.array([[np.nan, -np.inf], [0.5, 0.5]], dtype))
+    b = stand_in.zeros(2, dtype=dtype)
+    slope = 0.5 * (1 + np.tanh(0.25)) * (1 + 0.5 / (1 + np.exp(0.5)))
+    for dx, total in (
+        kernels.swish_backward_sum(g, x, stand_in.ones(2, dtype=wide), masked),
+        kernels.bias_swish_backward(g, x, b, 1.0, masked),
+    ):
+        np.testing.assert_allclose(dx.get()[1], slope, rtol=1e-6)
+        assert np.isnan(dx.get()[0]).tolist() == [not masked] * 2
+        assert np.isnan(total.get()).tolist() == [not masked] * 2
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
@@ -662,7 +686,7 @@ def test_sums_beyond_2_to_the_31_elements():
     x, partial = sparse(rows * cols, np.float16), np.full((chunks, cols), np.nan)
     g[-cols:], x[-cols:] = np.arange(1, 9), np.linspace(-2, 2, cols)
     block = (rows - 1) // kernels.BLOCK % chunks
-    arguments = (g, x, np.uintp(0), np.float32(1), np.int32(0), dx, partial, rows, cols)
+    arguments = (g, x, np.uintp(0), np.float32(1), np.int32(0), np.int32(0), dx, partial, rows, cols)
     grid, threads, only = (1, chunks), (kernels.BLOCK,), (block, block + 1)
     emulator.run_raw(kernel.source(), kernel.name, grid, threads, arguments, blocks=only)
     slopes, terms = plain_slopes(np.arange(1, 9), np.array(x[-cols:]), 1.0)

@@ -445,3 +445,24 @@ def test_a_parameter_of_no_axes_keeps_its_shape(stand_in):
     new = gg.optim.Adam(0.1).step(weights, weights)
     assert new["b"].shape == ()
     assert new["w"].shape == (3,)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_infinities_and_nan_are_the_same_on_both_devices(stand_in, masked, dtype):
+    """The kernels let an exact zero win everywhere; the formulas only below an op that masks."""
+    x = np.array([np.nan, np.inf, -np.inf, 1.0, -1e4], dtype)
+    g = np.array([0, np.inf, np.nan, 2.0], dtype)[:, None] * np.ones(5, dtype)
+
+    def gradients(device):
+        xs = gg.tensor(np.tile(x, (4, 1)), device=device, requires_grad=True)
+        b = gg.tensor(np.zeros(5, dtype), device=device, requires_grad=True)
+        y = gg.swish(xs) + gg.bias_swish(xs, b)
+        if masked:
+            y = gg.where(gg.tensor(g == g, device=device), y, 0.0)
+        y.backward(gg.tensor(g, device=device))
+        return xs.grad.numpy(), b.grad.numpy()
+
+    with np.errstate(all="ignore"):
+        for got, want in zip(gradients("cuda"), gradients("cpu"), strict=True):
+            assert_allclose(got, want, rtol=3e-3 if dtype == np.float16 else 1e-6, equal_nan=True)

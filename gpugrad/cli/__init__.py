@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -227,7 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         command = arguments.command
-        return int(import_module(f"gpugrad.cli.{command}").run(arguments))
+        with warnings.catch_warnings():
+            # in the command's own voice, on one line
+            warnings.showwarning = lambda message, *_, **__: _complain(str(message), command)
+            return int(import_module(f"gpugrad.cli.{command}").run(arguments))
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     except UsageError as error:

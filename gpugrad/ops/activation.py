@@ -21,7 +21,7 @@ from gpugrad.ops.special import ndtr
 INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
-def _relu_cuda(_wanted: Any, g: Any, y: Any, _x: Any) -> Any:
+def _relu_cuda(_wanted: Any, _masked: bool, g: Any, y: Any, _x: Any) -> Any:
     dx = kernels.relu_backward(g, y)
     return None if dx is None else (dx,)
 
@@ -37,7 +37,7 @@ relu = elementwise(
 )
 
 
-def _bias_relu_cuda(wanted: Any, g: Any, y: Any, _x: Any, _b: Any) -> Any:
+def _bias_relu_cuda(wanted: Any, _masked: bool, g: Any, y: Any, _x: Any, _b: Any) -> Any:
     if wanted[1] is None:
         dx = kernels.relu_backward(g, y)
         return None if dx is None else (dx, None)
@@ -131,16 +131,16 @@ def _swish_cuda_kept(x: Any, beta: Any) -> Any:
     return kernels.swish_keep(x, beta) if _dtype(x) == numpy.float64 and not hasattr(beta, "dtype") else None
 
 
-def _swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, beta: Any, *kept: Any) -> Any:
+def _swish_cuda_backward(wanted: Any, masked: bool, g: Any, _y: Any, x: Any, beta: Any, *kept: Any) -> Any:
     if kept:
-        dx = kernels.swish_backward_kept(g, x, kept[0], beta)
+        dx = kernels.swish_backward_kept(g, x, kept[0], beta, masked)
         return None if dx is None else (dx, None)
     beta = _beta_for(x, beta)
     if beta is None:
         return None
     if wanted[1] is not None:
-        return kernels.swish_backward_sum(g, x, beta) or kernels.swish_backward_both(g, x, beta)
-    dx = kernels.swish_backward(g, x, beta)
+        return kernels.swish_backward_sum(g, x, beta, masked) or kernels.swish_backward_both(g, x, beta, masked)
+    dx = kernels.swish_backward(g, x, beta, masked)
     return None if dx is None else (dx, None)
 
 
@@ -174,8 +174,8 @@ def _bias_swish_cuda(x: Any, b: Any, beta: Any) -> Any:
     return None if _dtype(x) == numpy.float16 and hasattr(beta, "dtype") else kernels.bias_swish(x, b, beta)
 
 
-def _bias_swish_cuda_backward(wanted: Any, g: Any, _y: Any, x: Any, b: Any, beta: Any) -> Any:
-    found = None if wanted[2] is not None else kernels.bias_swish_backward(g, x, b, beta)
+def _bias_swish_cuda_backward(wanted: Any, masked: bool, g: Any, _y: Any, x: Any, b: Any, beta: Any) -> Any:
+    found = None if wanted[2] is not None else kernels.bias_swish_backward(g, x, b, beta, masked)
     return None if found is None else (*found, None)
 
 
