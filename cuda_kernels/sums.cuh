@@ -9,7 +9,7 @@
 //
 // Each thread adds up in A and folds into double every FOLD rows; the lines of a block are added through shared memory
 // by a tree; the blocks' sums go to partial[chunk][column], which add_partials adds chunk by chunk. No atomics:
-// the same data and sizes give the same bits. The addition is off by at most 3e-7 (float), 1e-15 (double) of the
+// the same data, sizes and alignment give the same bits. The addition is off by at most 3e-7 (float), 1e-15 (double) of the
 // sum of magnitudes for any number of rows; each term brings its own error along.
 #pragma once
 

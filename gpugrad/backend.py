@@ -285,8 +285,8 @@ def out_of_memory(error: BaseException) -> bool:
     if module is None:
         return False
     return isinstance(error, module.cuda.memory.OutOfMemoryError) or (
-        type(error).__name__ in ("CUDARuntimeError", "CUBLASError")
-        and any(sign in str(error) for sign in ("cudaErrorMemoryAllocation", "ALLOC_FAILED"))
+        type(error).__name__ in ("CUDARuntimeError", "CUDADriverError", "CUBLASError", "CUSOLVERError")
+        and any(sign in str(error) for sign in ("cudaErrorMemoryAllocation", "OUT_OF_MEMORY", "ALLOC_FAILED"))
     )
 
 

@@ -289,8 +289,8 @@ def _number(value: Any, x: Array) -> bool:
     """Tell whether a value goes to a kernel on x as one number, from the host or from the device."""
     if isinstance(value, numpy.floating):
         return bool(value.dtype.itemsize <= x.dtype.itemsize)  # else it widens the result, which is NumPy's rule
-    if isinstance(value, (int, float)):
-        return True
+    if not hasattr(value, "dtype"):
+        return isinstance(value, (int, float))
     return bool(value.size == 1 and value.ndim <= x.ndim and value.dtype == WIDE[x.dtype])
 
 

@@ -38,19 +38,17 @@ def init_mlp(sizes: Sequence[int], *, seed: int = 0, dtype: Any = numpy.float32,
 
 
 # Activations that take the bias along: one pass over the layer forward, one backward that sums the bias gradient too.
-_WITH_BIAS: dict[Callable[[Any], Any], Callable[[Any, Any], Any]] = {
-    relu: bias_relu,
-    swish: bias_swish,
-    silu: bias_swish,
-}
+_WITH_BIAS = ((swish, bias_swish), (silu, bias_swish), (relu, bias_relu))
 
 
 def dense(X: Any, W: Any, b: Any, activation: Callable[[Any], Any] | None = None) -> Any:  # matrices
     """Apply a dense layer, activation(X @ W + b): (rows, inputs), (inputs, outputs), (outputs,) -> (rows, outputs)."""
     if activation is None:
         return X @ W + b
-    fused = _WITH_BIAS.get(activation)
-    return activation(X @ W + b) if fused is None else fused(X @ W, b)
+    for plain, with_bias in _WITH_BIAS:
+        if activation is plain:
+            return with_bias(X @ W, b)
+    return activation(X @ W + b)
 
 
 def mlp(params: Params, X: Any, activation: Callable[[Any], Any] = swish) -> Any:  # a matrix

@@ -633,7 +633,7 @@ class Objective:
         """Return the rows a block: given, or found by looking at what the tape of a few rows holds."""
         if isinstance(self._block_size, int):
             return self._block_size
-        key = (structure, *((a.shape, a.dtype) for a in arrays))
+        key = (self._streamed, structure, *((a.shape, a.dtype) for a in arrays))
         found = self._auto.get(key)
         if found is None:
             found = self._auto[key] = self._fitting_rows(arrays, structure)

@@ -10,11 +10,12 @@ import gc
 import json
 import re
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_proof import stand_in as machine
+from cuda_proof import machine, stand_in
 from devices import problem
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -35,7 +36,7 @@ LARGE, SMALL = 16 << 30, 120_000  # bytes; the data takes 252,084
 def install() -> Any:
     """Put the stand-in in place until the test is over and all it made is gone."""
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(machine.install(**options))
+        yield lambda **options: stack.enter_context(stand_in.install(**options))
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def loss(p: dict[str, Any], X: Any, y: Any) -> Any:
 
 def evaluated(memory: int, data: Any, start: Any, **options: Any) -> tuple[float, Any, bool]:
     """Value, gradients, and whether the data was streamed, on a device of so much memory."""
-    with machine.install(memory=memory):
+    with stand_in.install(memory=memory):
         obj = gg.Objective(loss, data, device="cuda", **options)
         found = *obj.value_and_grad(start), obj._streamed
         del obj
@@ -215,7 +216,7 @@ class Journal:
             gather(feeder, part, rows, staged)
 
         def noted_send(feeder: Any, slot: int, part: Any, room: Any) -> None:
-            launched = machine._machine.null[0].clock.get(0, 0)
+            launched = machine.here.machine.null[0].clock.get(0, 0)
             send(feeder, slot, part, room)
             waits_for = feeder._copies._queue.clock.get(0, 0)
             self.lines.append("copy under compute" if waits_for < launched - 5 else "copy")
@@ -311,7 +312,7 @@ def test_streams_and_devices_of_the_caller(install: Any, data: Any, start: Any) 
                 same(obj.value_and_grad(start), whole)
                 list(obj.batches(500))
             same(obj.value_and_grad(start), whole)
-    used = [pool.used for pool in machine._machine.pools]
+    used = [pool.used for pool in machine.here.machine.pools]
     assert used[0] == used[1] > 0
 
 
@@ -454,7 +455,7 @@ def test_memory_is_given_back(install: Any, data: Any, start: Any, use: str, mon
     def noted(shape: Any, dtype: Any) -> Any:
         array = real(shape, dtype)
         root = array.base if array.base is not None else array
-        pinned.append(machine.weakref.ref(root))
+        pinned.append(weakref.ref(root))
         return array
 
     monkeypatch.setattr(cupyx, "empty_pinned", noted)
@@ -514,3 +515,42 @@ def test_fit_from_a_table(
     assert bool(feeds) is streamed
     assert found == pytest.approx(right, rel=1e-4)
     assert count.syncs <= 3 * epochs + 10  # one for the epoch, the rest for what is shown of it
+
+
+# --- the caller changes streams --------------------------------------------------------------------------------------
+
+
+def per_row(w: Any, X: Any) -> Any:
+    return gg.swish(X @ w)
+
+
+def on_streams(cupy: Any, objective: Any, order: str) -> list[float]:
+    """Evaluate once on each of the streams named by letters, with nothing waited for in between."""
+    streams = {name: cupy.cuda.Stream(non_blocking=True) for name in sorted(set(order))}
+    found = []
+    for name in order:
+        with streams[name]:
+            found.append(objective.evaluate(np.ones(50, "float32"))[0])
+    cupy.cuda.runtime.deviceSynchronize()
+    return [float(value) for value in found]
+
+
+@pytest.mark.parametrize(("memory", "streamed"), [(None, False), (500_000, True)])
+def test_evaluations_on_changing_streams(install: Any, memory: int | None, streamed: bool) -> None:
+    """Neither the upload of the data nor the buffers of a feed may be overtaken; a race raises."""
+    cupy = install() if memory is None else install(memory=memory)
+    X = np.random.default_rng(0).normal(size=(3000, 50)).astype("float32")
+    objective = gg.Objective(per_row, (X,), device="cuda", block_size=300)
+    assert objective._streamed is streamed
+    values = on_streams(cupy, objective, "abab")
+    want = float(np.mean(np.asarray(gg.swish(X @ np.ones(50, "float32"))), dtype=np.float64))
+    np.testing.assert_allclose(values, want, rtol=1e-6)
+
+
+def test_batches_evaluated_on_another_stream(install: Any) -> None:
+    cupy = install()
+    X = np.random.default_rng(0).normal(size=(900, 50)).astype("float32")
+    objective = gg.Objective(per_row, (X,), device="cuda")
+    for batch in objective.batches(300):
+        (value,) = on_streams(cupy, batch, "a")
+        assert np.isfinite(value)

@@ -118,7 +118,9 @@ def _beta_for(x: Any, beta: Any) -> Any:
     """Return beta as kernels take it; None if it would widen the result."""
     if _dtype(x) != numpy.float16 or not hasattr(beta, "dtype"):
         return beta
-    return beta.astype(numpy.float32) if beta.dtype == numpy.float16 else None
+    if beta.dtype != numpy.float16:
+        return None
+    return float(beta) if isinstance(beta, numpy.generic) else beta.astype(numpy.float32)
 
 
 def _swish_cuda(x: Any, beta: Any) -> Any:

@@ -98,11 +98,11 @@ def _concatenate(tup, axis, out=None, dtype=None, casting="same_kind"):
 
 
 def _contiguous(a, dtype=None, order="C"):
-    """cupy.ascontiguousarray: the array itself where it is so already."""
+    """cupy.ascontiguousarray: the array itself where it is so already; one of no axes gets one."""
     if not isinstance(a, ndarray):
         raise TypeError(f"Argument 'a' has incorrect type (expected cupy.ndarray, got {type(a).__name__})")
     dtype = a.dtype if dtype is None else dtype
-    return a.astype(dtype, order=order, copy=False)
+    return (a if a.ndim else a.reshape(1)).astype(dtype, order=order, copy=False)
 
 
 def _broadcast_to(array, shape):
