@@ -40,8 +40,8 @@ class Place(str):
     kind: str
     cupy: Any
 
-    def __new__(cls, kind: str, cupy: Any = None) -> "Place":
-        self = super().__new__(cls, "cpu" if kind == "cpu" else "cuda:0")
+    def __new__(cls, kind: str, cupy: Any = None, number: int = 0) -> "Place":
+        self = super().__new__(cls, "cpu" if kind == "cpu" else f"cuda:{number}")
         self.kind, self.cupy = kind, cupy
         return self
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from devices import host, problem
+from numpy.testing import assert_allclose, assert_array_equal
 
 import gpugrad as gg
 from gpugrad import backend
@@ -448,6 +449,109 @@ def test_data_of_an_owned_tensor_is_a_copy(fake_cupy):
     t.data._host[...] = 99
     y.backward()
     assert_array_equal(t.grad.numpy(), [2, 4])
+
+
+# --- several GPUs: CuPy computes on the current one, gpugrad where the arrays are ------------------------------------
+
+
+@pytest.fixture
+def there(stand_in):
+    """Make an array on cuda:1, while cuda:0 is current."""
+    return lambda data: backend.asarray(np.asarray(data), where=backend.Device("cuda:1"))
+
+
+DATA = [[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]]
+
+
+def place_of(x):
+    return backend.device_of(getattr(x, "_data", x))
+
+
+OPERATORS = {
+    "less": lambda x: x < 1.5,
+    "greater_equal": lambda x: x <= 1.5,
+    "equal": lambda x: x == 1,
+    "greater": lambda x: x > x,
+    "row": lambda x: x[0],
+    "list": lambda x: x[[1, 0]],
+    "mask": lambda x: x[:, [True, False, True]],
+    "index": lambda x: x[gg.tensor([1, 1], device=place_of(x))],
+    "nothing": lambda x: x[[]],
+    "where": lambda x: gg.where(x > 0, x, 0.0),
+    "all": lambda x: gg.all(x > 0),
+    "arithmetic": lambda x: 2.0 * x**2 - x / 3 + abs(-x),
+    "diagonal": lambda x: gg.einsum("ii->i", x[:, :2]),
+    "lstsq": lambda x: gg.linalg.lstsq(x.T, x[0]),
+    "solve": lambda x: gg.linalg.solve(x[:, :2], x[:, 2]),
+}
+FUNCTIONS = {
+    "take": lambda x: gg.take(x, [2, 0], axis=1),
+    "repeat": lambda x: gg.repeat(x, 2, axis=0),
+    "clip": lambda x: gg.clip(x, -1.0),
+    "concat": lambda x: gg.concat([x, x]),
+    "stack": lambda x: gg.stack([x, x], axis=1),
+    "pad": lambda x: gg.pad(x, 1),
+    "tile": lambda x: gg.tile(x, (2, 1)),
+    "einsum": lambda x: gg.einsum("ij,kj->ik", x, x),
+    "trace": gg.trace,
+    "argmax": lambda x: gg.argmax(x, axis=1),
+    "var": gg.var,
+    "std": gg.std,
+    "softmax": gg.softmax,
+    "logsumexp": gg.logsumexp,
+    "norm-1": lambda x: gg.linalg.norm(x, ord=1),
+    "norm-3": lambda x: gg.linalg.norm(x, ord=3, axis=1),
+    "norm-0": lambda x: gg.linalg.norm(x, ord=0, axis=1),
+    "norm-nuc": lambda x: gg.linalg.norm(x, ord="nuc"),
+    "asarray": lambda x: gg.asarray(x, dtype="float32"),
+    "copy": lambda x: gg.asarray(x, copy=True),
+    "tensor": gg.tensor,
+    "grad": lambda x: gg.grad(lambda y: (y * y).sum())(x),
+    "vjp": lambda x: gg.vjp(lambda y: 2.0 * y, x)[1](x)[0],
+    "grad-grad": lambda x: gg.grad(lambda y: (gg.grad(lambda z: (z**3).sum())(y)).sum())(x),
+    "mlp": lambda x: gg.nn.mlp(gg.nn.init_mlp([3, 4, 2], dtype="float64", device=place_of(x)), x),
+}
+
+
+WRONG = pytest.mark.xfail(strict=True, raises=ValueError, reason="part of it runs on the current device")
+WRONG_WITH_TENSORS = (
+    "less greater_equal equal list mask index nothing where all take repeat std norm-3 norm-0 vjp".split()
+)
+WRONG_WITH_ARRAYS = "take repeat var std norm-3 norm-0 vjp mlp".split()
+
+
+def cases(works, wrap, kind, wrong):
+    return [
+        pytest.param(work, wrap, id=f"{name}-{kind}", marks=[WRONG] if name in wrong else [])
+        for name, work in works.items()
+    ]
+
+
+CASES = cases(OPERATORS | FUNCTIONS, gg.tensor, "tensor", WRONG_WITH_TENSORS)
+CASES += cases(FUNCTIONS, lambda x: x, "array", WRONG_WITH_ARRAYS)
+
+
+@pytest.mark.parametrize(("work", "wrap"), [] if problem("stand-in") else CASES)  # no case at all is one skip
+def test_computes_where_the_arrays_are(work, wrap, there, stand_in):
+    want, got = work(wrap(np.array(DATA))), work(wrap(there(DATA)))
+    assert place_of(got) == "cuda:1"
+    assert stand_in.cuda.Device().id == 0
+    assert_allclose(host(got), host(want), rtol=1e-13, atol=1e-13)
+
+
+@WRONG
+def test_backward_where_the_arrays_are(there, stand_in):
+    x = gg.tensor(there(DATA), requires_grad=True)
+    for _ in range(2):
+        ((x[:, 1:] > 0) * gg.exp(x)[:, 1:]).sum().backward(create_graph=True)
+    assert x.grad.device == "cuda:1"
+    x.grad.sum().backward(gg.tensor(1.0, device="cuda:1"))
+    with gg.Tape() as tape:
+        t = gg.asarray(there(DATA))
+        tape.watch(t)
+        y = gg.swish(t, 0.5) @ there([1.0, 2.0, 3.0])
+    assert tape.gradient(y, t, output_gradients=there([1.0, 2.0])).device == "cuda:1"
+    assert stand_in.cuda.Device().id == 0
 
 
 # --- with a real one --------------------------------------------------------------------------------------------
