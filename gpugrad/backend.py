@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -161,6 +161,19 @@ def device(spec: str) -> Iterator[Device]:
 def activate(where: Device) -> Any:
     """Context in which kernels launch on `where` (CuPy launches on the current device, not on the arrays' own)."""
     return nullcontext() if where.kind == "cpu" else cupy().cuda.Device(where.number)
+
+
+def where_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function composed of plain operators compute on the device of its first argument (array or Tensor)."""
+
+    @functools.wraps(function)
+    def there(x: Any, *rest: Any, **params: Any) -> Any:
+        if not is_cuda_array(array := getattr(x, "_data", x)):
+            return function(x, *rest, **params)
+        with activate(device_of(array)):
+            return function(x, *rest, **params)
+
+    return there
 
 
 def is_cuda_array(obj: object) -> bool:

@@ -41,6 +41,7 @@ def init_mlp(sizes: Sequence[int], *, seed: int = 0, dtype: Any = numpy.float32,
 _WITH_BIAS = ((swish, bias_swish), (silu, bias_swish), (relu, bias_relu))
 
 
+@backend.where_it_is
 def dense(X: Any, W: Any, b: Any, activation: Callable[[Any], Any] | None = None) -> Any:  # matrices
     """Apply a dense layer, activation(X @ W + b): (rows, inputs), (inputs, outputs), (outputs,) -> (rows, outputs)."""
     if activation is None:

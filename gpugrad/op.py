@@ -256,7 +256,8 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
         ]
         xp, where, values = backend.place(op.name, values)
     if op.kind != "elementwise":  # its formulas ask for shapes
-        values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
+        with backend.activate(where):
+            values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on
     on_cuda = where.kind == "cuda"
     keeps = tracked and op.residual is not None and not (on_cuda and op.cuda is not None)

@@ -326,7 +326,8 @@ def as_cotangent(given: Any, output: Tensor, *, create: bool = False) -> Any:
         )
     if create and type(given) is Tensor:
         return given if given.dtype == output.dtype else given.astype(output.dtype)
-    value = value.astype(output.dtype)  # a copy: what the caller does to his array later is no concern of ours
+    with backend.activate(output.device):
+        value = value.astype(output.dtype)  # a copy: what the caller does to his array later is no concern of ours
     return box(value, None) if create else value
 
 

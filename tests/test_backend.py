@@ -513,36 +513,11 @@ FUNCTIONS = {
 }
 
 
-WRONG = pytest.mark.xfail(strict=True, raises=ValueError, reason="part of it runs on the current device")
-WRONG_WITH_TENSORS = [
-    "less",
-    "greater_equal",
-    "equal",
-    "list",
-    "mask",
-    "index",
-    "nothing",
-    "where",
-    "all",
-    "take",
-    "repeat",
-    "std",
-    "norm-3",
-    "norm-0",
-    "vjp",
+CASES = [
+    pytest.param(work, wrap, id=f"{name}-{kind}")
+    for works, wrap, kind in ((OPERATORS | FUNCTIONS, gg.tensor, "tensor"), (FUNCTIONS, lambda x: x, "array"))
+    for name, work in works.items()
 ]
-WRONG_WITH_ARRAYS = ["take", "repeat", "var", "std", "norm-3", "norm-0", "vjp", "mlp"]
-
-
-def cases(works, wrap, kind, wrong):
-    return [
-        pytest.param(work, wrap, id=f"{name}-{kind}", marks=[WRONG] if name in wrong else [])
-        for name, work in works.items()
-    ]
-
-
-CASES = cases(OPERATORS | FUNCTIONS, gg.tensor, "tensor", WRONG_WITH_TENSORS)
-CASES += cases(FUNCTIONS, lambda x: x, "array", WRONG_WITH_ARRAYS)
 
 
 @pytest.mark.parametrize(("work", "wrap"), [] if problem("stand-in") else CASES)  # no case at all is one skip
@@ -553,7 +528,6 @@ def test_computes_where_the_arrays_are(work, wrap, there, stand_in):
     assert_allclose(host(got), host(want), rtol=1e-13, atol=1e-13)
 
 
-@WRONG
 def test_backward_where_the_arrays_are(there, stand_in):
     x = gg.tensor(there(DATA), requires_grad=True)
     for _ in range(2):

@@ -79,14 +79,15 @@ def _fixed(x: Any, part: Any) -> Any:
     if not backend.is_array(array):
         array = backend.asarray(array, where=where)
         if not array.size:
-            array = array.astype(int)
+            array = backend.asarray(array, dtype=int, where=where)
     elif array.ndim and backend.device_of(array) != where:
         raise DeviceMismatch(
             f"getitem: the array is on {where}, its index on {backend.device_of(array)}; move the index there"
         )
     if array.dtype.kind not in "biu":
         raise IndexError(f"getitem: an index of dtype {array.dtype}; expected integers, booleans or slices")
-    return array.copy()
+    with backend.activate(where):
+        return array.copy()
 
 
 def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpugrad import backend
+from gpugrad.backend import where_it_is
 from gpugrad.declare import Function, bilinear, case, linear, primitive
 from gpugrad.errors import ShapeMismatch
 from gpugrad.ops.elementwise import abs as _abs
@@ -261,6 +262,7 @@ vector_norm2 = primitive(
 )
 
 
+@where_it_is
 def norm(x: Any, /, *, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # NumPy's name
     """Norm over axis: of vectors (one axis), or of matrices (two).
 
@@ -642,6 +644,7 @@ pinv = primitive(
 )
 
 
+@where_it_is
 def lstsq(a: Any, b: Any, /, *, rtol: float | None = None) -> Any:
     """Least-squares solution of a x = b of smallest norm: (m, n), (m,) or (m, k) -> (n,) or (n, k).
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy
 
+from gpugrad.backend import where_it_is
 from gpugrad.declare import Function, case, linear, nondiff, primitive
 from gpugrad.ops.elementwise import exp, square, where
 from gpugrad.ops.elementwise import sqrt as _sqrt
@@ -169,6 +170,7 @@ min = primitive(  # the standard's name
 )
 
 
+@where_it_is
 def var(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
     """Variance over axis, with divisor n - correction."""
     if getattr(x, "dtype", None) == numpy.float16:
@@ -179,6 +181,7 @@ def var(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool =
     return sum(square(centred), axis=axis, keepdims=keepdims) / centred.dtype.type(count_of(x, axis) - correction)
 
 
+@where_it_is
 def std(x: Any, /, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
     """Standard deviation over axis, with divisor n - correction; slope 0 where it is 0."""
     if getattr(x, "dtype", None) == numpy.float16:
