@@ -72,7 +72,7 @@ abs = elementwise(  # the standard's name
 
 def _sign(xp: Any, x: Any) -> Any:
     # array-api-compat puts NaN right by a mask assignment, which waits for the device; CuPy's own is right since 14
-    return xp.sign(x) if xp is numpy else backend.cupy().sign(x)
+    return backend.cupy().sign(x) if backend.is_cuda_array(x) else xp.sign(x)
 
 
 sign: Function = elementwise(
