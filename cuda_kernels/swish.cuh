@@ -22,7 +22,8 @@ template <class A> __device__ __forceinline__ A swish_dx(A z, const Sigmoid<A>& 
   return of.s * (1 + (is_infinite(z) ? A(0) : z) * of.c);
 }
 template <class A> __device__ __forceinline__ A swish_dbeta(A x, const Sigmoid<A>& of) {
-  return is_infinite(x) ? A(0) : (x * of.s) * (x * of.c);
+  const A v = is_infinite(x) ? A(0) : x;  // where the factor beside it has reached 0
+  return (v * of.s) * (v * of.c);
 }
 
 // What forward may keep for backward: m = sigma(-|z|), the smaller of s and c. The other is 1 - m to half an ulp, so

@@ -466,3 +466,18 @@ def test_infinities_and_nan_are_the_same_on_both_devices(stand_in, masked, dtype
     with np.errstate(all="ignore"):
         for got, want in zip(gradients("cuda"), gradients("cpu"), strict=True):
             assert_allclose(got, want, rtol=3e-3 if dtype == np.float16 else 1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 5), (4, 5)])
+def test_slope_of_swish_in_beta_shows_nan_on_both_devices(stand_in, shape):
+    """The kernel gave 0 for infinite x whatever beta was."""
+    x = np.array([np.inf, -np.inf, np.nan, 1.0, 0.0]) * np.ones((4, 1))
+    for value in (0.0, np.nan, 1.0, -1.0):
+
+        def slope(device, value=value):
+            beta = gg.tensor(np.full(shape, value), device=device, requires_grad=True)
+            gg.swish(gg.tensor(x, device=device), beta).backward(gg.tensor(np.ones((4, 5)), device=device))
+            return beta.grad.numpy()
+
+        with np.errstate(all="ignore"):
+            assert_allclose(slope("cuda"), slope("cpu"), equal_nan=True)
