@@ -9,6 +9,7 @@ Exit status: 0 measured, 1 a value was wrong, 3 there is no GPU.
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -382,20 +383,31 @@ def show_kernels(found: Sequence[dict[str, Any]]) -> None:
         print(f"{start}{times}{row['GBps']:9.0f}{row['of_copy']:9.2f}{below}")
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     made = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     made.add_argument("--json", metavar="FILE", help="write everything measured")
     made.add_argument("--quick", action="store_true", help="a hundredth of the sizes, to see that everything runs")
     made.add_argument("--device", default="cuda", metavar="DEV", help="cuda or cuda:N (default cuda)")
-    made.add_argument("--scale", type=float, default=None, metavar="F", help="of all sizes (default 1, quick 0.01)")
-    made.add_argument("--seconds", type=float, default=190.0, metavar="S", help="for everything (default 190)")
+    made.add_argument("--scale", type=_positive, default=None, metavar="F", help="of all sizes (default 1, quick 0.01)")
+    made.add_argument("--seconds", type=_positive, default=190.0, metavar="S", help="for everything (default 190)")
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write."""
     options = parser().parse_args(arguments)
+    if options.device.partition(":")[0] != "cuda":
+        parser().error(f"--device {options.device}: expected cuda or cuda:N")
+    if options.json and not os.access(os.path.dirname(os.path.abspath(options.json)), os.W_OK):
+        parser().error(f"--json {options.json}: no folder to write to")
     if problem := backend.cuda_problem():
         print(f"bench.gpu: {problem}", file=sys.stderr)
         return 3

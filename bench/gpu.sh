@@ -10,6 +10,11 @@
 set -uo pipefail
 exec </dev/null
 
+case ${1:-} in
+    -*) echo "usage: bench/gpu.sh [FOLDER]" >&2; exit 2 ;;
+    '' | /*) ;;
+    *) set -- "$PWD/$1" ;; # from where the user is
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
@@ -30,17 +35,16 @@ EOF
     fi
 }
 need numpy optree array_api_compat safetensors threadpoolctl tqdm
-if ! card=$("$python" - <<'EOF'
+card=$("$python" - <<'EOF'
 import re, sys
 from gpugrad import backend
 if problem := backend.cuda_problem():
-    sys.exit(f"bench/gpu.sh: {problem}")
+    print(f"bench/gpu.sh: {problem}", file=sys.stderr)
+    sys.exit(3)
 name = backend.cupy().cuda.runtime.getDeviceProperties(0)["name"].decode(errors="replace")
 print(re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))
 EOF
-); then
-    exit 3
-fi
+) || exit # 3: no GPU; 1: it cannot be asked
 need pytest
 
 folder=${1:-bench/results/gpu-$card-$(date +%F)}

@@ -1,4 +1,4 @@
-// ReLU and its slope. Exact: no rounding, half included.
+// ReLU and its slope. Exact, half included, but for float32 subnormals, which flush to zero: relu(x) and slope 0.
 //
 //   relu(x)  = x > 0 ? x : (x is NaN ? x : 0)       relu(NaN) = NaN, relu(-inf) = 0, relu(-0) = 0
 //   relu'(x) = x > 0                                relu'(0) = 0, relu'(NaN) = 0

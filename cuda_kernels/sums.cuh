@@ -9,8 +9,9 @@
 //
 // Each thread adds up in A and folds into double every FOLD rows; the lines of a block are added through shared memory
 // by a tree; the blocks' sums go to partial[chunk][column], which add_partials adds chunk by chunk. No atomics:
-// the same data, sizes and alignment give the same bits. The addition is off by at most 3e-7 (float), 1e-15 (double) of the
-// sum of magnitudes for any number of rows; each term brings its own error along.
+// the same data, sizes and alignment give the same bits. In float the FOLD additions of a thread are
+// off by at most 4e-6 of the sum of magnitudes, for any number of rows (3e-7 where the terms are random); in double by
+// 1e-15. Each term brings its own error along.
 #pragma once
 
 #include "math.cuh"

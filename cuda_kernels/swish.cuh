@@ -8,7 +8,8 @@
 // NaN in, NaN out. Relative error for |x| <= 85 with a well rounded exponential, float / double (half: 1 ulp): value
 // 2e-7 / 3.5e-16, d/dx 8e-7 / 1.5e-15 (absolute 2e-7 / 4e-16 near its root z = -1.2784645428), d/dbeta 3e-7 / 6e-16.
 // With one that is off by the most CUDA documents (2 ulp, 1 ulp): value 4.2e-7 / 5e-16, d/dbeta 6e-7 / 9e-16.
-// float32 subnormals flush to zero: below z = -87.3 value and slopes are 0 where the exact ones are below 1e-36.
+// float32 subnormals flush to zero: where |z| > 87.3 the smaller tail is 0, and with it the value and d/dx (z < 0) and
+// d/dbeta; products that fall below 1.2e-38 are 0 too.
 #pragma once
 
 #include "math.cuh"

@@ -60,7 +60,7 @@ def test_no_gpu(monkeypatch, capsys):
     assert (out, err) == ("", "bench.gpu: device 'cuda' is not usable: no driver\n")
 
 
-@pytest.mark.parametrize("name", ["cuda:9", "tpu"])
+@pytest.mark.parametrize("name", ["cuda:9"])
 def test_no_such_device(name, stand_in, capsys):
     assert gpu.main(["--device", name]) == 3
     assert capsys.readouterr().err.count("\n") == 1
@@ -304,3 +304,23 @@ def test_script_goes_on_and_says_what_failed(everywhere, tmp_path):
     assert lines[0].startswith("selftest  FAILED, status 2")
     assert lines[1].startswith("tests     passed")
     assert lines[2].startswith("bench     FAILED, status 3")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--device", "cpu"],
+        ["--device", "gpu"],
+        ["--scale", "-1"],
+        ["--scale", "nan"],
+        ["--seconds", "0"],
+        ["--json", "no/b.json"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage(bad, capsys):
+    """Before anything is measured, in one line and the usage, status 2."""
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(bad)
+    assert stop.value.code == 2
+    assert bad[0] in capsys.readouterr().err

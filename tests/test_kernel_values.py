@@ -876,3 +876,21 @@ def sum_is_wrong(stand_in, strict):
             except (AssertionError, emulator.KernelFault):
                 return True
     return False
+
+
+def long_column(text):
+    """Column sum of a million equal numbers by one block: each thread adds 4,096 of them."""
+    rows = 256 * 4096
+    g, y = np.full(rows, np.float32(1.1)), np.ones(rows, np.float32)
+    dx, partial = np.empty_like(g), np.full((1, 1), np.nan)
+    emulator.run_raw(text, "bias_relu_narrow", (1, 1), (kernels.BLOCK,), (g, y, dx, partial, rows, 1))
+    return abs(partial[0, 0] / (rows * float(np.float32(1.1))) - 1)
+
+
+def test_threads_fold_their_sums_into_double():
+    """Without it, adding equal numbers in float drifts with their count."""
+    text = pick("bias_relu_narrow", "raw").source()
+    assert long_column(text) <= 4e-6
+    planted_text = text.replace("++held == FOLD", "++held == -1")
+    assert planted_text != text
+    assert long_column(planted_text) > 4e-6
