@@ -31,6 +31,8 @@ import inspect
 import sys
 import types
 
+import array_api_compat
+
 from cuda_proof import originals
 from cuda_proof.arrays import ElementwiseKernel, RawKernel, RawModule, ndarray, ufunc
 from cuda_proof.below import broadcast, overrides
@@ -255,6 +257,8 @@ def install(devices=1, memory=16 << 30):
         if not translated:
             _translate_all()
         sys.modules.update(translated)
+        # `import a.b as c` takes the attribute of a before the entry of sys.modules
+        array_api_compat.cupy = translated["array_api_compat.cupy"]
         yield here.cupy
     finally:
         for queue in here.machine.queues:
@@ -265,6 +269,9 @@ def install(devices=1, memory=16 << 30):
                 del sys.modules[name]
             sys.modules.update(originals.hidden)
             originals.hidden.clear()
+            array_api_compat.__dict__.pop("cupy", None)
+            if "array_api_compat.cupy" in sys.modules:
+                array_api_compat.cupy = sys.modules["array_api_compat.cupy"]
 
 
 def _load_all():
