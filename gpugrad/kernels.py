@@ -3,9 +3,9 @@
 Pointwise kernels are CuPy ElementwiseKernels in several forms made from one line of CUDA each:
 
 - ``strided``: CuPy's own index code; any strides, broadcasting, 0-d, empty.
-- ``packed``: contiguous arrays at 16-byte addresses; a thread moves 16 bytes of the widest input at a time and works
-  on as many elements, the last thread on what is left. ``packed-at``: a number comes as an array of one element, which
-  stays on the device. ``packed-row``: one array is a row that all rows of the others share (a bias).
+- ``packed``: contiguous arrays at 16-byte addresses; a thread works on 16 bytes of the data type, in accesses of 16
+  bytes, the last thread on what is left. ``packed-at``: a number comes as an array of one element, which stays on the
+  device. ``packed-row``: one array is a row that all rows of the others share (a bias).
 
 Kernels that add up over the batch, and the optimiser updates, are RawKernels (`.cu` files).
 
@@ -79,7 +79,13 @@ class Pointwise(NamedTuple):
 
     @property
     def masks(self) -> bool:
+        """Whether the kernel takes the flag."""
         return "masked" in self.body
+
+    @property
+    def data(self) -> int:
+        """Position of the first input of the data's type: the array that tells shape and dtype."""
+        return next(k for k, name in enumerate(self.inputs) if not name.endswith(":A"))
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -149,7 +155,7 @@ POINTWISE = {
     ),
 }
 
-# The entry points of the `.cu` files, which begin with their forms.
+# The entry points of the `.cu` files. wide: by packs; narrow: by single elements.
 RAW = {
     "swish_sum_wide": "swish_sum.cu",
     "swish_sum_narrow": "swish_sum.cu",
@@ -164,6 +170,7 @@ RAW = {
 }
 
 
+@functools.cache  # asked for at every launch
 def _typed(names: tuple[str, ...], dtype: Any) -> list[tuple[str, Any]]:
     return [(name.removesuffix(":A"), WIDE[dtype] if name.endswith(":A") else dtype) for name in names]
 
@@ -223,10 +230,10 @@ class Kernel(NamedTuple):
             + [f"{dtype} {name}" for name, dtype in by_value]
             + [*flags, "int64 width", "int64 count"]
         )
-        width = self.pack
+        pack = self.pack
         types = {name: _element(dtype) for name, dtype in arrays + outputs}
         load = " ".join(
-            f"gpugrad::Pack<{types[name]}, {width}> {name}s;"
+            f"gpugrad::Pack<{types[name]}, {pack}> {name}s;"
             f" {name}s.load(&{name}_[{'gpugrad::column(first, width)' if (name, dtype) in along else 'first'}]);"
             for name, dtype in arrays
         )
@@ -238,12 +245,12 @@ class Kernel(NamedTuple):
         results = " ".join(f"{types[name]} {name};" for name, _ in outputs)
         body = f"""{alias}
         {" ".join(f"const A {name} = {name}_[0];" for name, _ in at)}
-        const long long first = (long long)i * {width};
-        if (first + {width} <= count) {{
+        const long long first = (long long)i * {pack};
+        if (first + {pack} <= count) {{
           {load}
-          {" ".join(f"gpugrad::Pack<{types[name]}, {width}> {name}s;" for name, _ in outputs)}
+          {" ".join(f"gpugrad::Pack<{types[name]}, {pack}> {name}s;" for name, _ in outputs)}
           #pragma unroll
-          for (int k = 0; k < {width}; ++k) {{
+          for (int k = 0; k < {pack}; ++k) {{
             {one} {results} {spec.body} {" ".join(f"{name}s[k] = {name};" for name, _ in outputs)}
           }}
           {" ".join(f"{name}s.store(&{name}_[first]);" for name, _ in outputs)}
@@ -307,7 +314,7 @@ def _broadcasts(value: Array, x: Array) -> bool:
 def _pointwise(name: str, arrays: tuple[Any, ...], number: Any = None, row: Any = None, masked: bool = False) -> Any:
     """Launch a pointwise kernel in the form that fits, on arrays of one shape; returns its outputs."""
     spec = POINTWISE[name]
-    x = arrays[next(k for k, given in enumerate(spec.inputs) if not given.endswith(":A"))]
+    x = arrays[spec.data]
     dtype = getattr(x, "dtype", None)
     if dtype not in WIDE or not all(backend.is_cuda_array(a) and a.shape == x.shape for a in arrays):
         return None
@@ -415,6 +422,11 @@ def _launch(name: str, dtype: Any, grid: tuple[int, ...], *arguments: Any) -> No
     Kernel(name, "raw", dtype).object()(grid, (BLOCK,), arguments)
 
 
+def _pointer(array: Any) -> Any:
+    """Return what a raw kernel takes for an array that may be left out: null for None."""
+    return numpy.uintp(0) if array is None else array
+
+
 def _summed(name: str, arrays: tuple[Array, ...], others: tuple[Any, ...], rows: int, cols: int, one: bool) -> Any:
     """Launch a summing kernel over rows x cols elements, then what adds its blocks' sums up.
 
@@ -433,7 +445,7 @@ def _summed(name: str, arrays: tuple[Array, ...], others: tuple[Any, ...], rows:
     across = min(cols // pack, BLOCK)
     down = BLOCK // across
     columns = -(-(cols // pack) // across)
-    chunks = max(1, min(-(-rows // (down * ROWS_A_THREAD)), BLOCKS // columns, 65535))
+    chunks = max(1, min(-(-rows // (down * ROWS_A_THREAD)), BLOCKS // columns))
     partial = cupy.empty((chunks, cols), dtype=DOUBLE)
     form = "wide" if pack > 1 else "narrow"
     _launch(f"{name}_{form}", x.dtype, (columns, chunks), g, x, *others, dx, partial, rows, cols)
@@ -465,18 +477,16 @@ def swish_backward_sum(g: Array, x: Array, beta: Any, masked: bool = False) -> A
     if fit is None:
         return None
     wide = WIDE[x.dtype]
-    if _number(beta, x):
-        given = (beta, wide.type(0), 0) if backend.is_cuda_array(beta) else (None, wide.type(beta), 0)
-    elif backend.is_cuda_array(beta) and beta.dtype == wide and _is_row(beta, x):
-        given = (backend.cupy().ascontiguousarray(beta), wide.type(0), 1)
+    pointer, value, one = None, wide.type(0), _number(beta, x)
+    if one and not backend.is_cuda_array(beta):
+        value = wide.type(beta)
+    elif one or (backend.is_cuda_array(beta) and beta.dtype == wide and _is_row(beta, x)):
+        pointer = beta if one else backend.cupy().ascontiguousarray(beta)
     else:
         return None
     g, x, rows, cols = fit
-    pointer, value, step = given
-    pointer = numpy.uintp(0) if pointer is None else pointer
-    dx, sums = _summed(
-        "swish_sum", (g, x), (pointer, value, numpy.int32(step), numpy.int32(masked)), rows, cols, one=not step
-    )
+    others = (_pointer(pointer), value, numpy.int32(not one), numpy.int32(masked))
+    dx, sums = _summed("swish_sum", (g, x), others, rows, cols, one=one)
     return dx, sums.reshape(beta.shape) if backend.is_cuda_array(beta) else sums
 
 
@@ -534,10 +544,6 @@ def _update(
         if blocks:
             _launch(name, weights[0].dtype, (blocks,), table, *numbers)
     return out
-
-
-def _pointer(scale: Any) -> Any:
-    return numpy.uintp(0) if scale is None else scale
 
 
 def sgd_update(

@@ -505,8 +505,7 @@ class Objective:
             with closing(feeder.feed(parts)) as fed:
                 for k, rows in enumerate(fed):
                     chunk = self._beside(rows, parts[k])
-                    between = lambda start, stop, c=chunk: [array[start:stop] for array in c]  # noqa: E731
-                    self._in_blocks(k * step, len(chunk[0]), size, between, work)
+                    self._in_blocks(k * step, len(chunk[0]), size, functools.partial(_rows, chunk), work)
         finally:
             self._room.feeders[False].append(feeder)
 
@@ -536,7 +535,7 @@ class Objective:
 
     def _between(self, start: int, stop: int) -> Sequence[Any]:
         if self._picked is None:
-            return [array[start:stop] for array in self.data]
+            return _rows(self.data, start, stop)
         rows = backend.to_device(self._picked[start:stop], self.device)
         return [array.take(rows, axis=0) for array in self.data]
 
@@ -771,6 +770,10 @@ def _frozen(array: Any) -> Any:
     if isinstance(array, numpy.ndarray):
         array.flags.writeable = False
     return array
+
+
+def _rows(arrays: Sequence[Any], start: int, stop: int) -> list[Any]:
+    return [array[start:stop] for array in arrays]
 
 
 def _block(part: Any) -> Any:

@@ -260,8 +260,8 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
             values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on
     on_cuda = where.kind == "cuda"
-    keeps = tracked and op.residual is not None and not (on_cuda and op.cuda is not None)
-    forward = op.residual[0] if keeps else op.forward  # type: ignore[index]  # keeps: there is one
+    residual = op.residual if tracked and not (on_cuda and op.cuda is not None) else None
+    forward = op.forward if residual is None else residual[0]
     kept: list[Any] = []
     try:
         if not on_cuda:
@@ -277,7 +277,7 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
         raise _named(op, values, error) from None
     if not boxed:
         return out
-    if keeps:
+    if residual is not None:
         out, *kept = out
     results = (out,) if op.outputs == 1 else tuple(out)
     shared = [any(external) and _may_share(part, values) for part in results]
