@@ -6,6 +6,7 @@ The public names, and nothing else. `Tensor` holds an array and its place on the
 
 from gpugrad import errors, nn, optim
 from gpugrad.backend import device, get_device
+from gpugrad.compile import compile
 from gpugrad.declare import bilinear, case, elementwise, linear, nondiff, primitive
 from gpugrad.errors import (
     DataError,
@@ -160,6 +161,7 @@ __all__ = [
     "case",
     "check_grads",
     "clip",
+    "compile",
     "concat",
     "cos",
     "cosh",
