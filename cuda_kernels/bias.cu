@@ -19,16 +19,8 @@ template <int N>
 __device__ __forceinline__ void bias_relu(const A* g, const T* y, A* dx, double* partial, long long rows,
                                           long long cols) {
   const gpugrad::Place at(cols / N, N);
-  gpugrad::Pack<A, N> gs, out;
-  gpugrad::Pack<T, N> ys;
-  gpugrad::column_sums<N>(
-      at, rows, cols, partial,
-      [&](long long e) {
-        gs.load(g + e);
-        ys.load(y + e);
-      },
-      [&](int k, long long) { return out[k] = gpugrad::relu_backward(A(gs[k]), A(ys[k])); },
-      [&](long long e) { out.store(dx + e); });
+  gpugrad::column_sums<N>(at, g, y, dx, partial, rows, cols,
+                          [](int, A c, A v, A& d) { return d = gpugrad::relu_backward(c, v); });
 }
 
 template <int N>
@@ -38,19 +30,10 @@ __device__ __forceinline__ void bias_swish(const A* g, const T* x, const T* b, A
   A bias[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) bias[k] = at.idle ? A(0) : A(b[at.column + k]);
-  gpugrad::Pack<A, N> gs, out;
-  gpugrad::Pack<T, N> xs;
-  gpugrad::column_sums<N>(
-      at, rows, cols, partial,
-      [&](long long e) {
-        gs.load(g + e);
-        xs.load(x + e);
-      },
-      [&](int k, long long) {
-        const A z = beta * (A(xs[k]) + bias[k]);
-        return out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)), masked);
-      },
-      [&](long long e) { out.store(dx + e); });
+  gpugrad::column_sums<N>(at, g, x, dx, partial, rows, cols, [&](int k, A c, A v, A& d) {
+    const A z = beta * (v + bias[k]);
+    return d = gpugrad::times(c, gpugrad::swish_dx(z, gpugrad::Sigmoid<A>(z)), masked);
+  });
 }
 
 #define GPUGRAD_KERNEL extern "C" __global__ void __launch_bounds__(gpugrad::BLOCK)

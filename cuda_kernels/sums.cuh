@@ -39,12 +39,10 @@ struct Place {
   }
 };
 
-// body(k, element) works on one element, column k of the pack, and returns its term of the column's sum.
-// before(element) and after(element) load and store the pack that begins at element.
-template <int N, class Before, class Body, class After>
-__device__ __forceinline__ void column_sums(const Place& at, long long rows, long long cols, double* partial,
-                                            Before before, Body body, After after) {
-  using A = decltype(body(0, 0ll));
+// body(k, g, x, dx) works on one element of column k of the pack: sets dx and returns its term of the column's sum.
+template <int N, class T, class A, class Body>
+__device__ __forceinline__ void column_sums(const Place& at, const A* g, const T* x, A* dx, double* partial,
+                                            long long rows, long long cols, Body body) {
   __shared__ double shared[BLOCK * N];
   double total[N];
   A part[N];
@@ -54,10 +52,13 @@ __device__ __forceinline__ void column_sums(const Place& at, long long rows, lon
     int held = 0;
     for (long long row = at.row; row < rows; row += at.step) {
       const long long element = row * cols + at.column;
-      before(element);
+      Pack<A, N> gs, out;
+      Pack<T, N> xs;
+      gs.load(g + element);
+      xs.load(x + element);
 #pragma unroll
-      for (int k = 0; k < N; ++k) part[k] += body(k, element + k);
-      after(element);
+      for (int k = 0; k < N; ++k) part[k] += body(k, A(gs[k]), A(xs[k]), out[k]);
+      out.store(dx + element);
       if (++held == FOLD) {
         held = 0;
 #pragma unroll

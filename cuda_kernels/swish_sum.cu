@@ -19,21 +19,12 @@ __device__ __forceinline__ void swish_sum(const A* g, const T* x, const A* beta_
   A beta[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) beta[k] = beta_at && !at.idle ? beta_at[(at.column + k) * beta_step] : beta_value;
-  gpugrad::Pack<A, N> gs, out;
-  gpugrad::Pack<T, N> xs;
-  gpugrad::column_sums<N>(
-      at, rows, cols, partial,
-      [&](long long e) {
-        gs.load(g + e);
-        xs.load(x + e);
-      },
-      [&](int k, long long) {
-        const A v = xs[k], z = beta[k] * v;
-        const gpugrad::Sigmoid<A> of(z);
-        out[k] = gpugrad::times(A(gs[k]), gpugrad::swish_dx(z, of), masked);
-        return gpugrad::times(A(gs[k]), gpugrad::swish_dbeta(v, of), masked);
-      },
-      [&](long long e) { out.store(dx + e); });
+  gpugrad::column_sums<N>(at, g, x, dx, partial, rows, cols, [&](int k, A c, A v, A& d) {
+    const A z = beta[k] * v;
+    const gpugrad::Sigmoid<A> of(z);
+    d = gpugrad::times(c, gpugrad::swish_dx(z, of), masked);
+    return gpugrad::times(c, gpugrad::swish_dbeta(v, of), masked);
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(gpugrad::BLOCK)
