@@ -44,6 +44,21 @@ class Device(str):
 
 CPU = Device("cpu")
 
+
+class Abstract:
+    """Base of what stands for an array that is not there: shape and dtype without values, while a function is captured.
+
+    place: the device it will be on. apply(op, args, params): what an op does with it, instead of computing.
+    """
+
+    __slots__ = ("place",)
+
+    place: Device
+
+    def apply(self, op: Any, args: Any, params: dict[str, Any]) -> Any:
+        """Return the result of an op on arguments of which this is one."""
+        raise NotImplementedError
+
 # glibc gives memory above 128 KiB back to the system with every free, and each new array of that size then pays
 # for its page faults: ten times what the arithmetic costs. Freeing one block of 31 MiB (never touched, so never
 # really there) makes malloc raise that limit for good and keep up to 64 MiB for reuse. Elsewhere it does nothing.
@@ -138,6 +153,11 @@ def _warn_of_fallback(problem: str) -> None:
     warnings.warn(f"no GPU, computing on the CPU: {problem}", RuntimeWarning, stacklevel=3)
 
 
+def available_cores() -> int:
+    """Return the number of cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def get_device() -> Device:
     """Return the default device of this thread, on which `gpugrad.tensor` and the creation functions place arrays."""
     return _default.device
@@ -183,17 +203,21 @@ def is_cuda_array(obj: object) -> bool:
 
 
 def is_array(obj: object) -> bool:
-    """Tell whether `obj` is an array of either backend (NumPy scalars count)."""
-    return isinstance(obj, (numpy.ndarray, numpy.generic)) or is_cuda_array(obj)
+    """Tell whether `obj` is an array of either backend (NumPy scalars count), or stands for one."""
+    return isinstance(obj, (numpy.ndarray, numpy.generic, Abstract)) or is_cuda_array(obj)
 
 
 def device_of(array: Array) -> Device:
     """Return the device an array lives on. Python numbers and NumPy scalars count as the CPU's."""
+    if isinstance(array, Abstract):
+        return array.place
     return Device(f"cuda:{array.device.id}") if is_cuda_array(array) else CPU
 
 
 def namespace(array: Array) -> Namespace:
     """Return the module that computes on `array`: numpy, or CuPy under the standard's names."""
+    if isinstance(array, Abstract):
+        return namespace_of_device(array.place)
     return _cupy_namespace(_loaded_cupy()) if is_cuda_array(array) else numpy
 
 
@@ -211,7 +235,7 @@ def place(operation: str, values: list[Any]) -> tuple[Namespace, Device, list[An
     first = 0
     clean = []
     for position, value in enumerate(values):
-        if is_cuda_array(value):
+        if is_cuda_array(value) or isinstance(value, Abstract):
             here = device_of(value)
         elif isinstance(value, numpy.ndarray):
             value = host_array(value, f"{operation}: argument {position}")

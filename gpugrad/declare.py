@@ -111,11 +111,16 @@ def primitive(
     return _declare(name, "primitive", forward, doc, rules, domain, outputs=outputs, variadic=variadic, masks=masks)
 
 
-def nondiff(name: str, *, forward: Rule, reason: str, doc: str, domain: Sequence[Case] = ()) -> Callable[..., Any]:
-    """Declare an op that has no derivative, and why. Asking for one raises NotDifferentiable with the reason."""
+def nondiff(
+    name: str, *, forward: Rule, reason: str, doc: str, domain: Sequence[Case] = (), pointwise: bool = False
+) -> Callable[..., Any]:
+    """Declare an op that has no derivative, and why. Asking for one raises NotDifferentiable with the reason.
+
+    pointwise: it works element by element, with broadcasting.
+    """
     if not reason:
         raise ValueError(f"op {name!r} is nondiff: say why in reason=")
-    return _declare(name, "nondiff", forward, doc, (), domain, reason=reason)
+    return _declare(name, "nondiff", forward, doc, (), domain, reason=reason, pointwise=pointwise)
 
 
 def _declare(
@@ -132,6 +137,7 @@ def _declare(
     reason: str = "",
     residual: tuple[Rule, Sequence[Rule]] | None = None,
     cuda: Cuda | None = None,
+    pointwise: bool = False,
 ) -> Callable[..., Any]:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     arrays = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -148,6 +154,7 @@ def _declare(
     op.residual = None if residual is None else (residual[0], tuple(residual[1]))
     op.cuda = cuda
     op.reason = reason
+    op.pointwise = pointwise or kind == "elementwise"
     if kind == "elementwise":
         op.partials = rules
         op.needs = tuple(_kept(rule, first=0) if callable(rule) else () for rule in rules)

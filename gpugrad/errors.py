@@ -1,6 +1,8 @@
 """The errors gpugrad raises on purpose. Each message says what came, what was wanted and the remedy."""
 
 __all__ = [
+    "CaptureError",
+    "CaptureWarning",
     "DataError",
     "DeviceMemoryError",
     "DeviceMemoryWarning",
@@ -53,6 +55,14 @@ class MutatedArray(GpugradError, RuntimeError):
 
 class NonFiniteLoss(GpugradError, FloatingPointError):
     """A loss over data gave NaN or an infinity; the message names the first block and row."""
+
+
+class CaptureError(GpugradError, RuntimeError):
+    """A function that is being captured did what cannot be replayed, such as reading a value."""
+
+
+class CaptureWarning(RuntimeWarning):
+    """A function is not captured, or captured again and again; the results are right, the speed is not what it could be."""
 
 
 class DataError(GpugradError, ValueError):

@@ -107,11 +107,6 @@ if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fo
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def available_cores() -> int:
-    """Return the number of cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Stripe:
     """Sums over consecutive blocks: the loss, and the gradient with respect to every parameter, in float64."""
 
@@ -210,7 +205,7 @@ class Objective:
         self.rows = len(self.data[0])
         self._block_size = block_size
         self._auto: dict[Any, tuple[int, int]] = {}
-        self._threads = available_cores() if threads is None else threads
+        self._threads = backend.available_cores() if threads is None else threads
         self._divisor: float = self.rows if reduction == "mean" else 1
         floats = {a.dtype for a in self.data if a.dtype.kind == "f"}
         self.dtype = floats.pop() if len(floats) == 1 else numpy.dtype(numpy.float64)

@@ -60,7 +60,8 @@ class Op:
     `partials` (elementwise) or `vjps` (other kinds) hold one rule an array argument; `needs[i]` tells which values rule
     i keeps: 0 is the output, k the k-th argument, -1 all arguments. `residual`, where an elementwise op has it, is a
     forward that also returns an intermediate, and partials that take it last: a cheaper first-order sweep. `cuda`:
-    kernels that take the place of these formulas on CUDA arrays.
+    kernels that take the place of these formulas on CUDA arrays. `pointwise`: works element by element with
+    broadcasting, whether it has a derivative or not.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Op:
     reason: str = ""
     residual: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
     cuda: Cuda | None = None
+    pointwise: bool = False
     function: Callable[..., Any] = field(init=False, repr=False)
 
 
@@ -94,10 +96,12 @@ class Recording(threading.local):
     """What this thread does with calls; read on every one of them, so attributes and not functions.
 
     on: whether to record. trusted: ids of arrays whose read-only views nobody changes while this thread computes.
+    capturing: what captures the function that runs, if something does (`gpugrad.compile`).
     """
 
     on = True
     trusted: frozenset[int] = frozenset()
+    capturing: Any = None
 
 
 recording = Recording()
@@ -249,13 +253,16 @@ def _run(op: Op, args: Sequence[Any], params: dict[str, Any]) -> Any:
         external.append(not mine)
     xp, where = numpy, backend.CPU
     if not host:
+        for value in values:
+            if isinstance(value, backend.Abstract):
+                return value.apply(op, args, params)
         # a tracked scalar has a place: it must not go to a GPU by value
         values = [
             v if n is None or not isinstance(v, numpy.generic) else numpy.asarray(v)
             for v, n in zip(values, parents, strict=True)
         ]
         xp, where, values = backend.place(op.name, values)
-    if op.kind != "elementwise":  # its formulas ask for shapes
+    if not op.pointwise or not any(hasattr(value, "dtype") for value in values):  # its formulas ask for shapes
         with backend.activate(where):
             values = [value if hasattr(value, "dtype") else xp.asarray(value) for value in values]
     tracked = tracked and recording.on

@@ -305,6 +305,8 @@ def ones_like(node: Node, array: Any) -> Any:
             f"the gradient of a non-scalar needs a cotangent: the output has shape {node.shape}; "
             "reduce it (.sum() or .mean()), or give one of that shape"
         )
+    if recording.capturing is not None:
+        return recording.capturing.lift(node.dtype.type(1))
     if not backend.is_cuda_array(array):
         return node.dtype.type(1)
     with backend.activate(backend.device_of(array)):
@@ -342,6 +344,8 @@ def backward(output: Tensor, gradient: Any = None, *, retain_graph: bool = False
     Raises ShapeMismatch, GraphFreed, MutatedArray, NotDifferentiable.
     """
     node = output._node
+    if recording.capturing is not None:
+        raise recording.capturing.refused("backward() adds to the grad of leaves", "gpugrad.grad or value_and_grad")
     if node is None:
         raise NotDifferentiable(
             f"backward: this tensor (shape {output.shape}, dtype {output.dtype}) does not depend on a tensor that "
@@ -468,10 +472,10 @@ class Tape(AbstractContextManager["Tape"]):
         order = reachable([target._node])
         # Inside the block of another tape (or its own, if it persists), inside a transform, or with other leaves
         # about, the sweep itself is recorded: that is how second derivatives are taken.
-        create = recording.on and (
+        create = recording.capturing is not None or (recording.on and (
             any(tape is not self or self._persistent for tape in _open.tapes)
             or any(_is_others(node, (*nodes, *watched.values())) for node in order)
-        )
+        ))
         given = (
             ones_like(target._node, target._data)
             if output_gradients is None

@@ -39,6 +39,8 @@ class _Inputs:
 
     @staticmethod
     def _track(given: Any, asker: str, outer: bool) -> Tensor:
+        if recording.capturing is not None:
+            given = recording.capturing.strong(given)
         if type(given) is Tensor:
             if given._node is not None and outer:
                 # An outer transform is watching: hang below it, at a place of our own.
@@ -90,6 +92,8 @@ class _Inputs:
 
 def _like(value: Any, given: Any, handed_out: set[int]) -> Any:
     """Return a result as the kind of thing that was given: float, array or Tensor; a tracked Tensor as it is."""
+    if recording.capturing is not None:
+        return recording.capturing.like(value, given)
     if type(value) is Tensor:
         if value._node is not None:
             return value
@@ -182,12 +186,12 @@ def _pull(out: Any, inputs: _Inputs, outer: bool, name: str) -> tuple[Any, dict[
     if node is None:
         return _like(out, kind, set()), {}, False
     nodes = reachable([node])
-    create = outer and _others(nodes, inputs)
+    create = recording.capturing is not None or (outer and _others(nodes, inputs))
     cotangent = ones_like(node, out._data)
     results = sweep(
         [(node, box(cotangent, None) if create else cotangent)], inputs.nodes, keep=create, create=create, nodes=nodes
     )
-    if create:
+    if create and recording.capturing is None:
         return out, results, True
     return _like(out._data, kind, set()), results, False
 
@@ -230,12 +234,12 @@ def vjp(fun: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tu
     inputs.close()
     outputs, structure = optree.tree_flatten(out)
     nodes = reachable([o._node for o in outputs if type(o) is Tensor and o._node is not None])
-    create = outer and _others(nodes, inputs)
+    create = recording.capturing is not None or (outer and _others(nodes, inputs))
     plain: set[int] = set()
     tensors = any(type(given) is Tensor for given in inputs.given)
     kind = next((g for g in inputs.given if type(g) is Tensor), inputs.given[0] if inputs.given else 0.0)
     shown = [
-        o if type(o) is not Tensor or create else _like(o._data, kind if tensors else o.data, plain) for o in outputs
+        o if type(o) is not Tensor or (create and recording.capturing is None) else _like(o._data, kind if tensors else o.data, plain) for o in outputs
     ]
 
     def pull(cotangent: Any) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from gpugrad.cli.info import versions
 from gpugrad.cli.model import ACTIVATIONS, Floats, Layers, Metrics, Model, forward, measure, metrics_table
 from gpugrad.data import Design, Preprocessor, Table, train_test_split
 from gpugrad.errors import DataError, GpugradError
-from gpugrad.objective import available_cores
+from gpugrad.backend import available_cores
 from gpugrad.optim import SGD, Optimizer, Result, minimize
 
 HIDDEN = (64, 64)

@@ -14,7 +14,7 @@ import threadpoolctl
 import gpugrad as gg
 from gpugrad import backend
 from gpugrad.cli.files import write_json
-from gpugrad.objective import available_cores
+from gpugrad.backend import available_cores
 
 # package -> what it is for here
 OPTIONAL = {

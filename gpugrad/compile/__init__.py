@@ -1,11 +1,10 @@
-"""Capture a function once, fuse its operations, replay it without the tape."""
+"""Capture a function once, fuse its operations, replay it without the tape.
 
-from collections.abc import Callable
-from typing import Any
+`compile` is the public face. A call is keyed by shapes, dtypes, device and structure of its arguments; the first with a
+key captures (`capture`), drops what does nothing (`program`), fuses (`fuse`), plans memory (`plan`) and makes an
+executable for the device (`cpu`, `cuda`); the others run it.
+"""
 
-__all__ = ["compile"]
+from gpugrad.compile.function import Compiled, compile
 
-
-def compile(fun: Callable[..., Any]) -> Callable[..., Any]:  # a builtin's name: public as gpugrad.compile
-    """Return a function with the same results as fun."""
-    return fun
+__all__ = ["Compiled", "compile"]

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy
 
+from gpugrad.backend import CPU, Abstract
+from gpugrad.op import Op
+
 BOOL = numpy.dtype(bool)
 
 # Name of the operation, and the NumPy function that says its dtype and folds it. All others are not expressible.
@@ -94,7 +97,7 @@ class NotExpressible(Exception):
     """A formula did something that is no operation on one element; the op then runs as it is, not fused."""
 
 
-class Expr:
+class Expr(Abstract):
     """One operation on scalars: `fn` applied to `args`, of a dtype.
 
     fn is a name in FUNCTIONS, "cast", "const" (value: the number) or "input" (value: which). weak: stands for a Python
@@ -102,6 +105,7 @@ class Expr:
     """
 
     __slots__ = ("args", "dtype", "fn", "value", "weak")
+    place = CPU  # type: ignore[misc]  # whatever the device, a formula is the same
     __array_ufunc__ = None  # NumPy scalars leave binary operators to us
 
     fn: str
@@ -124,6 +128,10 @@ class Expr:
     def astype(self, dtype: Any, copy: bool = True) -> "Expr":
         """Cast, as an array does."""
         return cast(self, numpy.dtype(dtype))
+
+    def apply(self, op: Op, args: Any, params: dict[str, Any]) -> "Expr":
+        """Do what an op called within a formula does: its own formula."""
+        return evaluate_formula(op.forward, args, params)
 
     def __bool__(self) -> bool:
         raise NotExpressible("the formula asks for the truth of a value")

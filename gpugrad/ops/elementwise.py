@@ -359,7 +359,7 @@ _BOOLEAN = "its result is boolean"
 
 
 def _comparison(name: str, compute: Any, doc: str) -> Any:
-    return nondiff(name, forward=lambda xp, x, y: compute(x, y), reason=_BOOLEAN, doc=doc)
+    return nondiff(name, forward=lambda xp, x, y: compute(x, y), reason=_BOOLEAN, doc=doc, pointwise=True)
 
 
 less = _comparison("less", operator.lt, "x < y.")
@@ -370,8 +370,12 @@ equal = _comparison("equal", operator.eq, "x == y.")
 not_equal = _comparison("not_equal", operator.ne, "x != y.")
 logical_and = _comparison("logical_and", operator.and_, "x & y of booleans.")
 logical_or = _comparison("logical_or", operator.or_, "x | y of booleans.")
-logical_not = nondiff("logical_not", forward=lambda xp, x: ~x, reason=_BOOLEAN, doc="Not x, of booleans.")
-isnan = nondiff("isnan", forward=lambda xp, x: xp.isnan(x), reason=_BOOLEAN, doc="Whether x is NaN.")
+logical_not = nondiff("logical_not", forward=lambda xp, x: ~x, reason=_BOOLEAN, doc="Not x, of booleans.", pointwise=True)
+isnan = nondiff("isnan", forward=lambda xp, x: xp.isnan(x), reason=_BOOLEAN, doc="Whether x is NaN.", pointwise=True)
 isfinite = nondiff(
-    "isfinite", forward=lambda xp, x: xp.isfinite(x), reason=_BOOLEAN, doc="Whether x is neither infinite nor NaN."
+    "isfinite",
+    forward=lambda xp, x: xp.isfinite(x),
+    reason=_BOOLEAN,
+    doc="Whether x is neither infinite nor NaN.",
+    pointwise=True,
 )

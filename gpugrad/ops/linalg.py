@@ -30,6 +30,8 @@ from gpugrad.ops.shape import axes_of, eye_like, matrix_transpose, permute_dims,
 def _matmul_dx(g: Any, _x: Any, y: Any) -> Any:
     if y.ndim == 1:
         return g.reshape((*g.shape, 1)) * y if _x.ndim > 1 else g * y
+    if _x.ndim == 1 and y.ndim == 2:
+        return matmul(y, g)
     if _x.ndim == 1:
         return (g.reshape((*g.shape[:-1], 1, g.shape[-1])) * y).sum(axis=-1)
     return matmul(g, matrix_transpose(y))

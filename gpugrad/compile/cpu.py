@@ -1,0 +1,214 @@
+"""The CPU executor: runs the steps of a program on NumPy arrays, loops by numba where it is installed.
+
+An `Instance` is a program ready to run: buffers made, views taken, kernels compiled. It belongs to one call at a time; a
+second caller gets one of its own. Results go to memory the caller owns; what he has dropped is used again (`Outputs`),
+since fresh pages cost more than the arithmetic of a large array.
+"""
+
+import math
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+
+from gpugrad.compile import cpu_blocks
+from gpugrad.compile.fuse import Call, Kernel, Step, View
+from gpugrad.compile.plan import Plan, plan, writes_in_place
+from gpugrad.compile.program import Constant, Value
+
+Array = numpy.ndarray[Any, Any]
+Env = list[Any]
+Action = Callable[[Env], None]
+KEPT_BYTES = 256 << 20  # results of one program that are kept for the caller to drop
+
+
+def loop_runner(kernel: Kernel) -> Callable[..., list[Any]]:
+    """Return what runs a fused loop: compiled where numba is there and takes its dtypes, else on NumPy."""
+    try:
+        from gpugrad.compile import cpu_code
+    except ImportError:
+        return cpu_blocks.loop(kernel.loop)
+    if cpu_code.available() is None:
+        found = cpu_code.loop(kernel.loop)
+        if found is not None:
+            return found
+    return cpu_blocks.loop(kernel.loop)
+
+
+class Outputs:
+    """Memory for results. An array that only this list still refers to has been dropped by the caller."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[tuple[int, ...], Any], list[Array]] = {}
+        self.lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return an array of arbitrary contents that nobody else refers to."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < 1 << 16:  # malloc is as quick
+            return numpy.empty(shape, dtype)
+        with self.lock:
+            kept = self.kept.setdefault((shape, dtype), [])
+            for array in kept:
+                if sys.getrefcount(array) == _ALONE:
+                    array.flags.writeable = True
+                    return array
+            array = numpy.empty(shape, dtype)
+            if (len(kept) + 1) * size <= KEPT_BYTES:
+                kept.append(array)
+            return array
+
+
+def _references() -> int:
+    kept = [numpy.empty(1)]
+    return next(sys.getrefcount(array) for array in kept)
+
+
+_ALONE = _references()  # what getrefcount says of an array that a list holds, asked from within a loop over it
+
+
+class Instance:
+    """Steps bound to buffers: ``run(inputs) -> outputs``. threads: workers a loop may use."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        threads: int,
+        memory: Outputs,
+        buffers: list[Array] | None = None,
+        the_plan: Plan | None = None,
+    ) -> None:
+        self.plan = plan(steps, inputs, outputs) if the_plan is None else the_plan
+        self.inputs, self.outputs, self.threads, self.memory = inputs, outputs, threads, memory
+        self.buffers = [numpy.empty(n, numpy.uint8) for n in self.plan.buffers] if buffers is None else buffers
+        self.slots: dict[Value, int] = {}
+        self.static: dict[Value, Array] = {}
+        for value in inputs:
+            self._slot(value)
+        self.fresh = [(self._slot(v), v.shape, v.dtype) for v in self.plan.fresh]
+        self.actions: list[Action] = []
+        for step, gone in zip(steps, self.plan.dies, strict=True):
+            action = self._kernel(step) if isinstance(step, Kernel) else self._call(step)
+            if action is not None:
+                self.actions.append(action)
+            dead = [self.slots[v] for v in gone if v in self.slots]
+            if dead and sum(v.nbytes for v in gone) > 1 << 20:
+                self.actions.append(_dropping(dead))
+        self.results = [(self._getter(v), copied) for v, copied in zip(outputs, self.plan.copied, strict=True)]
+        self.count = len(self.slots)
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """Run on arrays of the inputs' shapes and dtypes; the results are the caller's."""
+        env: Env = [None] * self.count
+        env[: len(arrays)] = arrays
+        for slot, shape, dtype in self.fresh:
+            env[slot] = self.memory.take(shape, dtype)
+        for action in self.actions:
+            action(env)
+        return [get(env).copy() if copied else get(env) for get, copied in self.results]
+
+    # ------------------------------------------------------------------------------------------------ binding
+
+    def _slot(self, value: Value) -> int:
+        return self.slots.setdefault(value, len(self.slots))
+
+    def _bound(self, value: Value) -> Array | None:
+        """Return the array of a value if it is always the same one."""
+        if isinstance(value, Constant):
+            return numpy.asarray(value.array, dtype=value.dtype)
+        if value in self.static:
+            return self.static[value]
+        at = self.plan.place.get(value)
+        if at is None:
+            return None
+        array = self.buffers[at][: value.nbytes].view(value.dtype).reshape(value.shape)
+        self.static[value] = array
+        return array
+
+    def _getter(self, value: Value) -> Callable[[Env], Array]:
+        array = self._bound(value)
+        if array is not None:
+            return lambda _env: array
+        slot = self.slots[value]
+        return lambda env: env[slot]  # type: ignore[no-any-return]
+
+    def _kernel(self, step: Kernel) -> Action:
+        run, rows, columns, threads = loop_runner(step), step.rows, step.columns, self.threads
+        wanted: list[Any] = []
+        for value, (layout, _) in zip(step.inputs, step.loop.inputs, strict=True):
+            shape = {"full": (rows, columns), "row": (columns,), "column": (rows,), "scalar": ()}[layout]
+            array = self._bound(value)
+            if array is None:
+                wanted.append((self._getter(value), shape, None))
+                continue
+            laid = _laid_out(array, shape)
+            moved = not isinstance(value, Constant) and laid.size and not numpy.may_share_memory(laid, array)
+            wanted.append((self._getter(value), shape, None) if moved else (None, shape, laid))
+        into: list[Any] = []
+        for value in step.outputs:
+            array = self._bound(value)
+            into.append((None, array.reshape(rows, columns)) if array is not None else (self._slot(value), None))
+        sums = [(self._slot(v), v.shape, v.dtype) for v in step.sums]
+
+        def action(env: Env) -> None:
+            arrays = [array if get is None else _laid_out(get(env), shape) for get, shape, array in wanted]
+            out = [array if slot is None else env[slot].reshape(rows, columns) for slot, array in into]
+            totals = run(arrays, out, threads, rows, columns)
+            for (slot, shape, dtype), total in zip(sums, totals, strict=True):
+                env[slot] = numpy.asarray(total).astype(dtype, copy=False).reshape(shape)
+
+        return action
+
+    def _call(self, step: Call) -> Action | None:
+        eq = step.equation
+        bound = [self._bound(v) for v in eq.inputs]
+        if isinstance(step, View) and bound[0] is not None:
+            view = eq.op.forward(numpy, *bound, **eq.params)
+            if isinstance(eq.inputs[0], Constant) or not view.size or numpy.may_share_memory(view, bound[0]):
+                self.static[eq.outputs[0]] = view
+                return None
+        gets = [self._getter(v) for v in eq.inputs]
+        if eq.op.name == "matmul" and writes_in_place(step):
+            return self._product(eq.outputs[0], *gets)
+        slots = [self._slot(v) for v in eq.outputs]
+        forward, params, one = eq.op.forward, eq.params, eq.op.outputs == 1
+        dtypes = [v.dtype for v in eq.outputs]
+        fresh = [v in self.plan.fresh for v in eq.outputs]
+
+        def action(env: Env) -> None:
+            with numpy.errstate(all="ignore"):
+                out = forward(numpy, *(get(env) for get in gets), **params)
+            for slot, dtype, part, own in zip(slots, dtypes, (out,) if one else out, fresh, strict=True):
+                array = numpy.asarray(part, dtype=dtype)
+                env[slot] = array.copy() if own and (array.base is not None or not array.flags.writeable) else array
+
+        return action
+
+    def _product(self, out: Value, x: Callable[[Env], Array], y: Callable[[Env], Array]) -> Action:
+        into = self._bound(out)
+        slot = -1 if into is not None else self._slot(out)
+        def action(env: Env) -> None:
+            numpy.matmul(x(env), y(env), out=env[slot] if into is None else into)
+
+        return action
+
+
+def _dropping(slots: list[int]) -> Action:
+    def action(env: Env) -> None:
+        for slot in slots:
+            env[slot] = None
+
+    return action
+
+
+def _laid_out(array: Array, shape: tuple[int, ...]) -> Array:
+    """Return an operand in the shape a loop indexes it by, its last axis without gaps."""
+    if array.shape != shape:
+        array = array.reshape(shape)
+    if array.ndim and array.strides[-1] != array.itemsize and array.size > 1:
+        array = numpy.ascontiguousarray(array)
+    return array

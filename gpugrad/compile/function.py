@@ -1,0 +1,224 @@
+"""`compile`: a function captured once for each signature of its arguments."""
+
+import functools
+import sys
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import optree
+
+from gpugrad import backend
+from gpugrad import op as _op
+from gpugrad.compile.capture import FLOAT, TENSOR, Captured, capture, kind_of
+from gpugrad.compile.executable import Executable, executable
+from gpugrad.compile.program import Value, simplified
+from gpugrad.errors import CaptureError, CaptureWarning, DeviceMismatch
+from gpugrad.op import Op, recording
+from gpugrad.tensor import Tensor
+from gpugrad.transforms import vjp
+
+SIGNATURES = 64  # that are kept for one function, the least recently used let go first
+MANY_SIGNATURES = 8  # captured for one function, above which a warning says so
+
+
+class _Entry:
+    """A signature's program, ready to run."""
+
+    __slots__ = ("captured", "run")
+
+    def __init__(self, captured: Captured, run: Executable) -> None:
+        self.captured, self.run = captured, run
+
+
+class Compiled:
+    """A function that is captured once for each signature of its arguments, and replayed. Made by `gpugrad.compile`."""
+
+    def __init__(self, fun: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, fun)
+        self._fun = fun
+        self._name = getattr(fun, "__name__", type(fun).__name__)
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._captures = 0
+        self._lock = threading.RLock()
+        self._latest: _Entry | None = None
+        self._pullbacks: dict[Any, Compiled] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns. Raises CaptureError where it cannot be captured."""
+        if recording.capturing is not None:  # within another: its equations are that one's
+            return self._fun(*args, **kwargs)
+        leaves, structure = optree.tree_flatten((args, kwargs), none_is_leaf=True)
+        tracked = recording.on and any(type(leaf) is Tensor and leaf._node is not None for leaf in leaves)
+        if tracked:
+            return self._differentiable(leaves, structure)
+        entry, arrays = self._entry(leaves, structure)
+        return entry.captured.results(entry.run(arrays))
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        """Print the program captured last, or for these arguments: operations, fused loops, buffers, bytes moved."""
+        if args or kwargs:
+            self._latest, _ = self._entry(*optree.tree_flatten((args, kwargs), none_is_leaf=True))
+        if self._latest is None:
+            raise CaptureError(f"{self._name} has not been captured yet: call it, or show(*args)")
+        print(self._latest.run.text(), file=sys.stdout)
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _entry(self, leaves: Sequence[Any], structure: Any) -> tuple[_Entry, list[Any]]:
+        """Return the program for arguments, captured if it is new, and the arrays to run it on."""
+        key: list[Any] = [structure]
+        arrays: list[Any] = []
+        for leaf in leaves:
+            kind = kind_of(leaf)
+            if kind is None:
+                key.append(_static(leaf, self._name))
+                continue
+            array = leaf._data if kind is TENSOR else leaf
+            arrays.append(array)
+            if kind is FLOAT:
+                key.append(FLOAT)
+            else:
+                key.append((kind, array.shape, array.dtype, array.device.id if backend.is_cuda_array(array) else -1))
+        signature = tuple(key)
+        entry = self._entries.get(signature)
+        if entry is None:
+            with self._lock:
+                entry = self._entries.get(signature) or self._captured(signature, leaves, structure, arrays)
+        self._latest = entry
+        return entry, arrays
+
+    def _captured(self, signature: Any, leaves: Sequence[Any], structure: Any, arrays: Sequence[Any]) -> _Entry:
+        device = backend.CPU
+        for array in arrays:
+            if backend.is_cuda_array(array):
+                device = backend.device_of(array)
+        for array in arrays:
+            if isinstance(array, numpy.ndarray):
+                backend.host_array(array, f"gpugrad.compile: an argument of {self._name}")
+                if device.kind == "cuda":
+                    raise DeviceMismatch(
+                        f"gpugrad.compile: {self._name} got arrays on {device!s} and on the cpu; move them to one device"
+                    )
+        given = [(as_value(leaf), kind) if (kind := kind_of(leaf)) else leaf for leaf in leaves]
+        captured = capture(self._fun, given, structure, device, self._name)
+        entry = _Entry(captured, executable(simplified(captured.program), device))
+        self._captures += 1
+        if self._captures == MANY_SIGNATURES + 1:
+            warnings.warn(
+                f"gpugrad.compile: {self._name} has been captured for {self._captures} signatures; each new shape, dtype "
+                "or static argument costs a capture: pad to few shapes, or call it without gpugrad.compile",
+                CaptureWarning,
+                stacklevel=4,
+            )
+        self._entries[signature] = entry
+        while len(self._entries) > SIGNATURES:
+            self._entries.popitem(last=False)
+        return entry
+
+    def _differentiable(self, leaves: list[Any], structure: Any) -> Any:
+        """Run as one op on the tape, whose reverse rule is captured too."""
+        places = tuple(k for k, leaf in enumerate(leaves) if type(leaf) is Tensor and leaf._node is not None)
+        rest = [None if k in places else leaf for k, leaf in enumerate(leaves)]
+
+        def flat(*tensors: Any) -> Any:
+            whole = list(rest)
+            for k, tensor in zip(places, tensors, strict=True):
+                whole[k] = tensor
+            args, kwargs = optree.tree_unflatten(structure, whole)
+            return self._fun(*args, **kwargs)
+
+        detached = [leaf.detach() if k in places else leaf for k, leaf in enumerate(leaves)]
+        entry, arrays = self._entry(detached, structure)
+        captured = entry.captured
+        floats = [k for k, v in enumerate(captured.program.outputs) if v.dtype.kind == "f"]
+        if not floats:
+            return captured.results(entry.run(arrays))
+        found = entry.run(arrays)
+
+        def outputs_of(*tensors: Any) -> tuple[Any, ...]:
+            results = [r for r in optree.tree_leaves(flat(*tensors)) if type(r) is Tensor or backend.is_array(r)]
+            return tuple(results[k] for k in floats)
+
+        key = (structure, places, tuple(_identity(leaf) for leaf in rest))
+        pullback = self._pullbacks.get(key)
+        if pullback is None:
+            others = [k for k, leaf in enumerate(rest) if kind_of(leaf) is not None]
+
+            def pulled(cotangents: Any, tensors: Any, constants: Any) -> Any:
+                for k, constant in zip(others, constants, strict=True):
+                    rest[k] = constant
+                return vjp(outputs_of, *tensors)[1](cotangents)
+
+            pulled.__name__ = f"the gradient of {self._name}"
+            pullback = self._pullbacks[key] = Compiled(pulled)
+            pullback._constants = others  # type: ignore[attr-defined]
+        constants = [leaf for leaf in rest if kind_of(leaf) is not None]
+        latest: list[Any] = [None, None]
+
+        def rule(i: int, g: Any, _y: Any, *x: Any) -> Any:
+            given = (g,) if len(floats) == 1 else tuple(g)
+            if latest[0] is None or any(a is not b for a, b in zip(latest[0], given, strict=True)):
+                full = tuple(
+                    numpy.zeros(captured.program.outputs[k].shape, captured.program.outputs[k].dtype) if part is None else part
+                    for k, part in zip(floats, given, strict=True)
+                )
+                latest[:] = given, pullback(full, x, constants)
+            return latest[1][i]
+
+        op = Op(name=f"compiled {self._name}", kind="primitive", forward=lambda xp, *x: x, doc="", outputs=len(floats))
+        op.variadic, op.vjps, op.needs = True, (rule,), ((-1,),)
+        op.forward = lambda xp, *x: found[floats[0]] if len(floats) == 1 else tuple(found[k] for k in floats)
+        tracked = _op._run(op, [leaves[k] for k in places], {})
+        results = list(found)
+        for k, tensor in zip(floats, (tracked,) if len(floats) == 1 else tracked, strict=True):
+            results[k] = tensor
+        return captured.results(results)
+
+
+def as_value(leaf: Any) -> Value:
+    """Return an array, Tensor or float as an input of a program."""
+    if type(leaf) is float:
+        return Value((), "float64", weak=True)
+    array = leaf._data if type(leaf) is Tensor else leaf
+    return Value(array.shape, array.dtype)
+
+
+def _static(leaf: Any, name: str) -> Any:
+    """Return a leaf that is no array as part of a key: by value if it can be hashed. Raises TypeError otherwise."""
+    try:
+        hash(leaf)
+    except TypeError:
+        raise TypeError(
+            f"gpugrad.compile: an argument of {name} is a {type(leaf).__name__}, which is neither an array, a number nor "
+            "hashable; pass arrays, or close over it"
+        ) from None
+    return ("static", type(leaf), leaf)
+
+
+def _identity(leaf: Any) -> Any:
+    kind = kind_of(leaf)
+    if kind is None:
+        return ("static", type(leaf), leaf)
+    return kind if kind is FLOAT else (kind, leaf.shape, str(leaf.dtype))
+
+
+def compile(fun: Callable[..., Any]) -> Compiled:
+    """Return a function with the same results as fun, captured once for each signature, fused and replayed.
+
+    fun takes and returns pytrees of arrays, Tensors and floats; transforms such as `grad` may be inside and around it.
+    Its first call with new shapes, dtypes, device, structure or values of other arguments captures it: it runs once on
+    Tensors without values. What it closes over counts as constant from then on. Under capture NumPy's functions cannot
+    be used, and reading a value (``if``, ``float()``, ``.item()``) raises CaptureError, which names the line.
+    """
+    if not callable(fun):
+        raise TypeError(f"gpugrad.compile: expected a function, got a {type(fun).__name__}")
+    return fun if isinstance(fun, Compiled) else Compiled(fun)
+
+

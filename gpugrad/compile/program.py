@@ -1,0 +1,236 @@
+"""The captured program: a list of operations on values, in the order they ran.
+
+    Value       an array as capture knows it: shape and dtype, no elements
+    Constant    an array or number that was there when the function was captured
+    Equation    one application of an op: outputs = op(*inputs, **params)
+    Program     inputs, equations, outputs
+
+`simplified` drops what does nothing: casts and reshapes that change nothing, equations that were there before (common
+subexpressions), equations whose results nobody uses (dead code). What depends on constants alone was computed when it
+was captured.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy
+
+from gpugrad import backend
+from gpugrad.op import Op, registry
+
+
+class Value:
+    """An array of the program. weak: a Python number, which does not widen what it meets."""
+
+    __slots__ = ("dtype", "shape", "weak")
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, weak: bool = False) -> None:
+        self.shape, self.dtype, self.weak = shape, numpy.dtype(dtype), weak
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class Constant(Value):
+    """A value that is known: an array, or a number (a Python number is weak)."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Any) -> None:
+        weak = type(array) in (bool, int, float)
+        self.array = array
+        super().__init__(() if weak else array.shape, numpy.asarray(array).dtype if weak else array.dtype, weak)
+
+
+@dataclass(eq=False)
+class Equation:
+    """outputs = op(*inputs, **params)."""
+
+    op: Op
+    inputs: tuple[Value, ...]
+    params: dict[str, Any]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(eq=False)
+class Program:
+    """What a function does to its arguments. outputs may be inputs or constants too."""
+
+    inputs: tuple[Value, ...]
+    equations: list[Equation]
+    outputs: tuple[Value, ...]
+    name: str = "fun"
+    names: dict[Value, str] = field(default_factory=dict)
+
+    def name_of(self, value: Value) -> str:
+        """Return a short name for a value: a b c for inputs, numbers in order for the rest."""
+        if isinstance(value, Constant):
+            if value.ndim or not isinstance(value.array, (bool, int, float, numpy.generic)):
+                return f"constant {value!r}"
+            return repr(value.array if value.weak else value.array.item())
+        if not self.names:
+            for k, v in enumerate(self.inputs):
+                self.names[v] = f"in{k}"
+        return self.names.setdefault(value, f"t{len(self.names) - len(self.inputs)}")
+
+    def lines(self) -> list[str]:
+        """Return the equations as text."""
+        out = [f"{self.name}({', '.join(f'{self.name_of(v)}: {v!r}' for v in self.inputs)})"]
+        for eq in self.equations:
+            params = "".join(f", {k}={v!r}" for k, v in eq.params.items() if v is not None)
+            left = ", ".join(f"{self.name_of(v)}: {v!r}" for v in eq.outputs)
+            out.append(f"  {left} = {eq.op.name}({', '.join(map(self.name_of, eq.inputs))}{params})")
+        out.append(f"  return {', '.join(map(self.name_of, self.outputs))}")
+        return out
+
+
+def equation(op: str | Op, inputs: Sequence[Value], shape: tuple[int, ...], dtype: Any, /, **params: Any) -> Equation:
+    """Return an equation of one output."""
+    return Equation(registry[op] if isinstance(op, str) else op, tuple(inputs), params, (Value(shape, dtype),))
+
+
+def consumers(equations: Iterable[Equation], outputs: Iterable[Value]) -> dict[Value, int]:
+    """Return how often each value is used."""
+    uses: dict[Value, int] = {}
+    for value in (*(v for eq in equations for v in eq.inputs), *outputs):
+        uses[value] = uses.get(value, 0) + 1
+    return uses
+
+
+def simplified(program: Program) -> Program:
+    """Return the program without what does nothing, with means as sums that are scaled."""
+    alias: dict[Value, Value] = {}
+    known: dict[Any, tuple[Value, ...]] = {}
+    kept: list[Equation] = []
+
+    def add(eq: Equation) -> None:
+        eq = replace(eq, inputs=tuple(alias.get(v, v) for v in eq.inputs))
+        same = _does_nothing(eq)
+        if same is not None:
+            alias[eq.outputs[0]] = same
+            return
+        key = _key(eq)
+        before = known.get(key) if key is not None else None
+        if before is not None:
+            alias.update(zip(eq.outputs, before, strict=True))
+            return
+        if key is not None:
+            known[key] = eq.outputs
+        kept.append(eq)
+
+    for eq in program.equations:
+        for part in _lowered(_as_reshape(eq)):
+            add(part)
+    outputs = tuple(alias.get(v, v) for v in program.outputs)
+    return Program(program.inputs, live(kept, outputs), outputs, program.name)
+
+
+def live(equations: Sequence[Equation], outputs: Iterable[Value]) -> list[Equation]:
+    """Return the equations that the outputs depend on."""
+    wanted = set(outputs)
+    kept = []
+    for eq in reversed(equations):
+        if not wanted.isdisjoint(eq.outputs):
+            kept.append(eq)
+            wanted.update(eq.inputs)
+    return kept[::-1]
+
+
+def _lowered(eq: Equation) -> list[Equation]:
+    """Write a mean as a sum times a number."""
+    (x,) = eq.inputs if len(eq.inputs) == 1 else (None,)
+    if eq.op.name != "mean" or x is None or x.dtype.kind != "f" or x.dtype == numpy.float16:
+        return [eq]
+    (out,) = eq.outputs
+    count = x.size // max(out.size, 1)
+    if not count:
+        return [eq]
+    total = Value(out.shape, out.dtype)
+    return [
+        Equation(registry["sum"], (x,), eq.params, (total,)),
+        Equation(registry["divide"], (total, Constant(out.dtype.type(count))), {}, eq.outputs),
+    ]
+
+
+def _as_reshape(eq: Equation) -> Equation:
+    """Write indexing that only drops or adds axes of length 1, its transpose, and a sum over such axes as a reshape."""
+    if eq.op.name == "sum" and eq.inputs[0].size == eq.outputs[0].size and eq.inputs[0].dtype == eq.outputs[0].dtype:
+        return Equation(registry["reshape"], eq.inputs, {"shape": eq.outputs[0].shape}, eq.outputs)
+    if eq.op.name not in ("getitem", "scatter"):
+        return eq
+    (x,), (out,) = eq.inputs, eq.outputs
+    index, longer = eq.params["index"], x if eq.op.name == "getitem" else out
+    if x.size != out.size or not isinstance(index, tuple) or any(part is Ellipsis for part in index):
+        return eq
+    lengths = iter(longer.shape)
+    for part in index:
+        if part is None:
+            continue
+        n = next(lengths)
+        if not (isinstance(part, slice) and part in (slice(None), slice(0, None))) and not (
+            n == 1 and isinstance(part, (int, numpy.integer))
+        ):
+            return eq
+    return Equation(registry["reshape"], eq.inputs, {"shape": out.shape}, eq.outputs)
+
+
+def _does_nothing(eq: Equation) -> Value | None:
+    """Return the input that an equation hands on unchanged, if it does."""
+    if len(eq.outputs) != 1 or not eq.inputs:
+        return None
+    x, out, name = eq.inputs[0], eq.outputs[0], eq.op.name
+    if x.shape != out.shape or x.dtype != out.dtype or x.weak != out.weak:
+        return None
+    if name in ("reshape", "broadcast_to", "astype", "to_device"):
+        return x
+    if name == "permute_dims" and tuple(eq.params["axes"]) == tuple(range(x.ndim)):
+        return x
+    if name == "sum" and eq.params["axis"] == ():
+        return x
+    return None
+
+
+def _key(eq: Equation) -> Any:
+    """Return what makes two equations equal, None for one that may not be shared."""
+    inputs = tuple(
+        ("number", type(v.array), v.array if v.array == v.array else "nan", math.copysign(1, v.array))
+        if isinstance(v, Constant) and not v.ndim and isinstance(v.array, (bool, int, float, numpy.generic))
+        else id(v.array)
+        if isinstance(v, Constant)
+        else id(v)
+        for v in eq.inputs
+    )
+    try:
+        return (eq.op, inputs, _hashable(eq.params))
+    except TypeError:
+        return None
+
+
+def _hashable(params: Any) -> Any:
+    """Return static parameters as something that can be a key. Raises TypeError where that is not possible."""
+    if isinstance(params, dict):
+        return tuple((k, _hashable(v)) for k, v in sorted(params.items()))
+    if isinstance(params, (tuple, list)):
+        return tuple(map(_hashable, params))
+    if isinstance(params, slice):
+        return ("slice", params.start, params.stop, params.step)
+    if isinstance(params, numpy.ndarray):
+        return (params.shape, params.dtype.str, params.tobytes())
+    if backend.is_cuda_array(params):
+        raise TypeError("an array on a device")
+    hash(params)
+    return (type(params), params)
