@@ -43,18 +43,32 @@ template <class A> struct Sigmoid {
   __device__ __forceinline__ Sigmoid(A s, A c) : s(s), c(c) {}
 };
 
-// N elements of type T, moved by accesses of 16 bytes: N * sizeof(T) and the address are multiples of 16.
+constexpr int some(int count) { return count > 0 ? count : 1; }  // for arrays, of which none is empty
+
+template <int BYTES> struct access { using type = uint4; };
+template <> struct access<8> { using type = uint2; };
+template <> struct access<4> { using type = unsigned; };
+template <> struct access<2> { using type = unsigned short; };
+template <> struct access<1> { using type = unsigned char; };
+
+// N elements of type T, moved by accesses of 16 bytes, or one of 8, 4, 2 where they are no more; the address is a
+// multiple of that.
 template <class T, int N> struct Pack {
-  static_assert(N * sizeof(T) % 16 == 0, "a pack is a whole number of 16-byte words");
-  uint4 words[N * sizeof(T) / 16];
+  using Word = typename access<N * sizeof(T)>::type;
+  static_assert(N * sizeof(T) % sizeof(Word) == 0, "a pack is a whole number of words");
+  Word words[N * sizeof(T) / sizeof(Word)];
 
   __device__ __forceinline__ void load(const T* from) {
 #pragma unroll
-    for (int w = 0; w < int(N * sizeof(T) / 16); ++w) words[w] = reinterpret_cast<const uint4*>(from)[w];
+    for (int w = 0; w < int(N * sizeof(T) / sizeof(Word)); ++w) words[w] = reinterpret_cast<const Word*>(from)[w];
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
-    for (int w = 0; w < int(N * sizeof(T) / 16); ++w) reinterpret_cast<uint4*>(to)[w] = words[w];
+    for (int w = 0; w < int(N * sizeof(T) / sizeof(Word)); ++w) reinterpret_cast<Word*>(to)[w] = words[w];
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int w = 0; w < int(N * sizeof(T) / sizeof(Word)); ++w) words[w] = Word{};
   }
   __device__ __forceinline__ T& operator[](int k) { return reinterpret_cast<T*>(words)[k]; }
 };
@@ -64,6 +78,7 @@ template <class T> struct Pack<T, 1> {
   T value;
   __device__ __forceinline__ void load(const T* from) { value = *from; }
   __device__ __forceinline__ void store(T* to) const { *to = value; }
+  __device__ __forceinline__ void clear() { value = T(0); }
   __device__ __forceinline__ T& operator[](int) { return value; }
 };
 

@@ -164,13 +164,13 @@ def planted(kernel, old, new):
 FAULTS = {
     "loads by elements": (
         "packed",
-        "words[w] = reinterpret_cast<const uint4*>(from)[w];",
+        "words[w] = reinterpret_cast<const Word*>(from)[w];",
         "for (int k = 0; k < 4; ++k) (*this)[k] = from[k];",
         "0 loads",
     ),
     "stores by elements": (
         "packed",
-        "reinterpret_cast<uint4*>(to)[w] = words[w];",
+        "reinterpret_cast<Word*>(to)[w] = words[w];",
         "for (int k = 0; k < 4; ++k) to[k] = reinterpret_cast<const T*>(words)[k];",
         "0 stores",
     ),

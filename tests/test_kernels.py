@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpugrad import kernels
+from gpugrad.compile import cuda_code
 
 FOLDER = kernels.folder()
 SOURCES = sorted(p for p in FOLDER.iterdir() if p.suffix in (".cu", ".cuh"))
@@ -23,7 +24,7 @@ def test_includes_are_put_in_their_place_once():
 
 
 def test_every_source_is_used():
-    used = {spec.file for spec in kernels.POINTWISE.values()} | set(kernels.RAW.values())
+    used = {spec.file for spec in kernels.POINTWISE.values()} | set(kernels.RAW.values()) | set(cuda_code.SOURCES)
     included = {name for path in SOURCES for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
     assert used | included == {path.name for path in SOURCES}
 
@@ -37,12 +38,15 @@ def test_every_entry_point_is_in_the_table():
             path.read_text(encoding="utf-8"),
         )
     }
-    assert {a or b for a, b in found} == set(kernels.RAW)
+    assert {a or b for a, b in found} == {*kernels.RAW, "add_totals"}
 
 
 def test_numbers_shared_with_the_sources():
     assert f"BLOCK = {kernels.BLOCK}," in kernels.source("sums.cuh")
     assert f"MANY = {kernels.MANY}, CHUNK = {kernels.CHUNK}," in kernels.source("optim.cu")
+    assert f"THREADS = {cuda_code.ROW_THREADS}, WARP = {cuda_code.WARP}," in kernels.source("row_pass.cuh")
+    many, threads, columns = cuda_code.TOTAL_MANY, cuda_code.TOTAL_THREADS, cuda_code.TOTAL_COLUMNS
+    assert f"MANY = {many}, THREADS = {threads}, COLUMNS = {columns}," in kernels.source("totals.cu")
     # with the other arguments, what a launch may bring on any architecture
     assert kernels._table_type().itemsize < 4096 - 128
 
