@@ -11,22 +11,18 @@ On a GPU there is one stripe, on the caller's stream. Data from the host is copi
 fit, streamed through two buffers in every evaluation. Where a block runs out of memory it is done again in halves.
 """
 
-import contextvars
 import functools
 import math
-import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
 import numpy
 import optree
-import threadpoolctl
 
 from gpugrad import backend
+from gpugrad import threads as _workers
 from gpugrad.errors import (
     DeviceMemoryError,
     DeviceMemoryWarning,
@@ -53,58 +49,6 @@ RESIDENT_SHARE = 0.6  # of a GPU's free memory: data from the host up to this is
 FEED_BYTES = 64 << 20  # what goes to a GPU in one copy: enough to hide the launches, little enough to start soon
 STRIPES = 16
 STRIPE_BYTES = 32 << 20  # float64 gradients of all stripes together
-
-
-@functools.cache
-def _blas() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
-
-
-class _single_threaded_blas:  # used like a function
-    """Hold BLAS to one thread. The setting is the process's: the first caller makes it, the last one undoes it."""
-
-    _lock = threading.Lock()
-    _users = 0
-    _limit: Any = None
-
-    def __enter__(self) -> None:
-        cls = type(self)
-        with cls._lock:
-            if not cls._users:
-                cls._limit = _blas().limit(limits=1)
-            cls._users += 1
-
-    def __exit__(self, *_exc: object) -> None:
-        cls = type(self)
-        with cls._lock:
-            cls._users -= 1
-            if not cls._users:
-                cls._limit.restore_original_limits()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="gpugrad")
-
-
-class _Worker(threading.local):
-    busy = False
-
-
-_worker = _Worker()
-
-
-def _work(run: Callable[[int], "_Stripe"], k: int) -> "_Stripe":
-    """Run a stripe in a worker; an Objective within its loss does not wait for the pool that it is in."""
-    _worker.busy = True
-    try:
-        return run(k)
-    finally:
-        _worker.busy = False
-
-
-if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fork
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class _Stripe:
@@ -341,7 +285,7 @@ class Objective:
         def run(k: int) -> _Stripe:
             return self._stripe(range(bounds[k], bounds[k + 1]), size, arrays, structure, gradients, stop)
 
-        stripes = self._in_order(run, count, stop)
+        stripes = _workers.in_order(run, count, self._threads, stop)
         bad = [s.bad for s in stripes if s.bad is not None]
         with numpy.errstate(all="ignore"):
             total = sum((s.total for s in stripes[1:]), stripes[0].total) / self._divisor
@@ -352,27 +296,6 @@ class Objective:
             for acc in grads:
                 acc /= self._divisor
         return total, grads, min(bad) if bad else None
-
-    def _in_order(self, run: Callable[[int], _Stripe], count: int, stop: list[bool]) -> list[_Stripe]:
-        """Run the stripes and return them in order, by the thread pool, with BLAS held to one thread."""
-        if count == 1 or _worker.busy:
-            return [run(k) for k in range(count)]
-        with _single_threaded_blas():
-            if self._threads == 1:
-                return [run(k) for k in range(count)]
-            pool = _pool(self._threads)
-            # a copied context hands numpy.errstate on to the workers
-            futures = [pool.submit(contextvars.copy_context().run, _work, run, k) for k in range(count)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                stop.append(True)  # an error or Ctrl-C: the others end after their block
-                for future in futures:
-                    future.cancel()
-                for future in futures:
-                    if not future.cancelled():
-                        future.exception()
-                raise
 
     def _stripe(
         self,

@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parents[1] / "gpugrad"
 ORDER = (
     "errors",
     "backend",
+    "threads",
     "kernels",
     "op",
     "tensor",

@@ -17,13 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 import gpugrad as gg
-from gpugrad.backend import Device, as_device, cupy, to_device
+from gpugrad.backend import Device, as_device, available_cores, cupy, to_device
 from gpugrad.cli.files import UsageError, check_outputs, read_data, say, write, write_json
 from gpugrad.cli.info import versions
 from gpugrad.cli.model import ACTIVATIONS, Floats, Layers, Metrics, Model, forward, measure, metrics_table
 from gpugrad.data import Design, Preprocessor, Table, train_test_split
 from gpugrad.errors import DataError, GpugradError
-from gpugrad.backend import available_cores
 from gpugrad.optim import SGD, Optimizer, Result, minimize
 
 HIDDEN = (64, 64)

@@ -13,8 +13,8 @@ import threadpoolctl
 
 import gpugrad as gg
 from gpugrad import backend
-from gpugrad.cli.files import write_json
 from gpugrad.backend import available_cores
+from gpugrad.cli.files import write_json
 
 # package -> what it is for here
 OPTIONAL = {

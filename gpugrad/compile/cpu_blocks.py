@@ -8,11 +8,11 @@ last time. Sums over blocks are added in order in float64.
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
 
+from gpugrad import threads as _threads
 from gpugrad.compile.kernels import Loop
 from gpugrad.compile.scalar import FUNCTIONS, Expr, in_order
 
@@ -39,12 +39,6 @@ class _Buffers(threading.local):
 
 
 _buffers = _Buffers()
-
-
-@functools.cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Return the workers that share blocks."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="gpugrad")
 
 
 class BlockedLoop:
@@ -87,7 +81,7 @@ class BlockedLoop:
             with numpy.errstate(all="ignore"):
                 return [self._block(inputs, outputs, *block) for block in blocks[bounds[k] : bounds[k + 1]]]
 
-        found = map(stripe, range(count)) if threads == 1 or count == 1 else pool(threads).map(stripe, range(count))
+        found = _threads.in_order(stripe, count, threads, [])
         for block, parts in zip(blocks, (parts for s in found for parts in s), strict=True):
             for (_, over), total, part in zip(self.loop.sums, sums, parts, strict=True):
                 at: Any = {"all": (), "rows": slice(block[2], block[3]), "columns": slice(block[0], block[1])}[over]

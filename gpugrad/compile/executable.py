@@ -8,9 +8,9 @@ import numpy
 
 from gpugrad import backend
 from gpugrad.backend import Device
-from gpugrad.compile.fuse import Fuser, Kernel, View
-from gpugrad.compile.program import Program, live
 from gpugrad.compile.cpu import Instance, Outputs
+from gpugrad.compile.fuse import Fuser
+from gpugrad.compile.program import Program
 
 
 class Executable:

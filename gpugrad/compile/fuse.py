@@ -120,9 +120,9 @@ class Fuser:
         """Return a value as an expression."""
         found = self.expr.get(value)
         if found is None:
-            if isinstance(value, Constant) and not value.ndim and not _on_device(value.array):
+            if isinstance(value, Constant) and value.size == 1 and not _on_device(value.array):
                 array = value.array
-                found = constant(array) if value.weak else constant(array, value.dtype)
+                found = constant(array) if value.weak else constant(array.reshape(()), value.dtype)
             else:
                 found = self._leaf(value)
             self.expr[value] = found

@@ -7,7 +7,7 @@ reads it, or a view of it, and the next value takes it; buffers are made once an
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpugrad.compile.fuse import Call, Kernel, Step, View
+from gpugrad.compile.fuse import Kernel, Step, View
 from gpugrad.compile.program import Constant, Value
 
 ALIGN = 64

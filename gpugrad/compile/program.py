@@ -119,7 +119,7 @@ def simplified(program: Program) -> Program:
 
     def add(eq: Equation) -> None:
         eq = replace(eq, inputs=tuple(alias.get(v, v) for v in eq.inputs))
-        same = _does_nothing(eq)
+        same = _does_nothing(eq) or _folded(eq)
         if same is not None:
             alias[eq.outputs[0]] = same
             return
@@ -202,6 +202,19 @@ def _does_nothing(eq: Equation) -> Value | None:
     if name == "sum" and eq.params["axis"] == ():
         return x
     return None
+
+
+def _folded(eq: Equation) -> Constant | None:
+    """Return the result of an equation on constants, unless it would be larger than they are."""
+    if len(eq.outputs) != 1 or not all(isinstance(v, Constant) for v in eq.inputs):
+        return None
+    (out,) = eq.outputs
+    arrays = [v.array for v in eq.inputs if isinstance(v, Constant)]
+    if out.size > max((v.size for v in eq.inputs), default=0) or any(map(backend.is_cuda_array, arrays)):
+        return None
+    with numpy.errstate(all="ignore"):
+        result = eq.op.forward(numpy, *(a if eq.op.pointwise else numpy.asarray(a) for a in arrays), **eq.params)
+    return Constant(result if out.weak else numpy.asarray(result, dtype=out.dtype))
 
 
 def _key(eq: Equation) -> Any:
