@@ -1,1 +1,1 @@
-"""Benchmarks: workloads with every peer that is installed, checked for right values before they are timed."""
+"""The benchmark: rows with every peer that is installed, checked for right values before they are timed."""

@@ -416,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, DeviceUnavailable) as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 3
-    from bench import gpu_steps  # its peers are imported when they are built
+    from . import gpu_steps  # its peers are imported when they are built
 
     scale = options.scale or (0.01 if options.quick else 1.0)
     with backend.activate(where):

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import gpugrad as gg
-from bench.gpu import BETA, COLUMNS, SINGLE, Meter, launches, random
 from gpugrad import backend
+
+from .gpu import BETA, COLUMNS, SINGLE, Meter, launches, random
 
 COMPILE_SECONDS = 40  # what torch.compile may need, which is why not every step has it
 

@@ -22,7 +22,7 @@ VERSION = PROJECT["project"]["version"]
 def package_files() -> dict[str, Path]:
     """Every file that belongs in the wheel, by its path there."""
     wanted = {"README.md", "py.typed"}, {".py", ".cu", ".cuh", ".h"}
-    folders = {"gpugrad": ROOT / "gpugrad", "gpugrad/cuda_kernels": ROOT / "cuda_kernels"}
+    folders = {"gpugrad": ROOT / "gpugrad"} | {f"gpugrad/{name}": ROOT / name for name in ("bench", "cuda_kernels")}
     return {
         f"{prefix}/{file.relative_to(folder).as_posix()}": file
         for prefix, folder in folders.items()
@@ -43,7 +43,7 @@ def test_every_package_is_listed():
 
 
 def test_extras():
-    users = {"autograd", "bench", "cuda12", "cuda13", "cuda13-local", "data", "jax", "plot", "torch"}
+    users = {"autograd", "bench", "cuda12", "cuda13", "cuda13-local", "data", "jax", "jit", "plot", "sklearn", "torch"}
     assert set(EXTRAS) == users | {"dev", "kernels", "test"}
     named = {
         extra

@@ -46,6 +46,16 @@ One prediction a row of DATA, in its order: a column `prediction`, or a float32 
 the model was fitted on, others are ignored; if it has the target too, R2, RMSE and MAE are shown."""
 
 
+_BENCH_EXAMPLES = """\
+examples:
+  gpugrad bench --quick                                  everything at small sizes
+  gpugrad bench linreg glm --peers torch,jax.jit --html bench.html
+  gpugrad bench --json new.json --compare old.json       exit status 1 if something has become slower
+
+suites:  ops swish linreg glm mlp step overhead memory scaling
+peers:   numpy cupy autograd torch torch.compile jax.jit sklearn; one that is not installed is named as missing"""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -121,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     _add_selftest(commands)
+    _add_bench(commands)
     return top
 
 
@@ -216,6 +227,28 @@ def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
     selftest.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
     selftest.add_argument("--quick", action="store_true", help="fewer cases: a health check of a second or two")
     selftest.add_argument("--json", metavar="FILE", help="write the results as JSON; - is stdout")
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory",
+        description="Measure gpugrad against this machine's own limits and against every peer that is installed. "
+        "Values are checked against float64 before anything is timed.",
+        epilog=_BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    bench.add_argument("suites", nargs="*", metavar="SUITE", help="what to measure (default: all suites)")
+    bench.add_argument("--peers", type=_columns, metavar="A,B,...", help="whom to compare with (default all), or none")
+    bench.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
+    bench.add_argument("--threads", type=_integer(1), metavar="N", help="cores for everything (default: all)")
+    bench.add_argument("--no-numba", action="store_true", help="as if numba were not installed")
+    bench.add_argument("--quick", action="store_true", help="small sizes, in less than a minute")
+    bench.add_argument("--seconds", type=_rate, metavar="S", help="for the samples of one row (default 8, quick 0.15)")
+    bench.add_argument("--json", metavar="FILE", help="write everything measured as JSON; - is stdout")
+    bench.add_argument("--html", metavar="FILE", help="write one self-contained page with tables and plots")
+    bench.add_argument("--compare", metavar="OLD.json", help="tell what is faster or slower than in a report of --json")
 
 
 def _complain(message: str, command: str = "") -> None:
