@@ -23,7 +23,13 @@ import optree
 
 from gpugrad import backend
 from gpugrad import threads as _workers
+from gpugrad.compile.cpu import has_compiler
+from gpugrad.compile.cpu_rows import RowProgram
+from gpugrad.compile.fingerprint import fingerprint
+from gpugrad.compile.losses import Want, loss_program
+from gpugrad.compile.program import Value
 from gpugrad.errors import (
+    CaptureWarning,
     DeviceMemoryError,
     DeviceMemoryWarning,
     DeviceMismatch,
@@ -48,6 +54,8 @@ CUDA_TAPE_BYTES = 2 << 30
 RESIDENT_SHARE = 0.6  # of a GPU's free memory: data from the host up to this is copied there as a whole
 FEED_BYTES = 64 << 20  # what goes to a GPU in one copy: enough to hide the launches, little enough to start soon
 STRIPES = 16
+PROGRAMS = 16  # captured losses that an Objective keeps
+CAPTURE_BYTES = 1 << 20  # of data, from which on compiling the loss pays
 STRIPE_BYTES = 32 << 20  # float64 gradients of all stripes together
 
 
@@ -156,6 +164,9 @@ class Objective:
         self._room = _Room(self.device)
         # evaluated on another stream, the data has to be there first
         self._ready = backend.mark(self.device) if self.device.kind == "cuda" else None
+        self._programs: dict[Any, Any] = {}  # captured losses, by parameters and what the loss depends on
+        self._capturing = self.device.kind == "cpu" and _bytes(self.data) >= CAPTURE_BYTES and has_compiler()
+        self._told: set[str] = set()
         self._picked: Any = None  # row numbers, of a mini-batch too large to be gathered at once
 
     # ------------------------------------------------------------------------------------------- evaluation
@@ -255,10 +266,15 @@ class Objective:
             if self._ready is not None:
                 backend.follow(self._ready)
             arrays = [self._parameter(leaf) for leaf in given]
-        size = self._block_rows(arrays, structure)
-        sums = self._on_cuda if self.device.kind == "cuda" else self._on_cpu
+        found = self._program("gradient" if gradients else "value", arrays, structure)
+        bad = None
         with backend.activate(self.device):
-            total, grads, bad = sums(size, arrays, structure, gradients)
+            if isinstance(found, RowProgram):
+                total, grads = self._replayed(found, arrays)
+            else:
+                sums = self._on_cuda if self.device.kind == "cuda" else self._on_cpu
+                total, grads, bad = sums(self._block_rows(arrays, structure), arrays, structure, gradients)
+                self._tell(found)
         # infinities that meet here are reported by row, or are the caller's to judge
         with backend.activate(self.device), numpy.errstate(all="ignore"):
             if self.penalty is not None:
@@ -267,12 +283,53 @@ class Objective:
                 grads = [acc + more for acc, more in zip(grads, optree.tree_leaves(extra_grads), strict=False)]
             total, grads = self._brought_home(total, grads, given, check)
         if check and not math.isfinite(total):
-            self._report(bad or self._search(size, arrays, structure), total)
+            self._report(bad or self._search(self._block_rows(arrays, structure), arrays, structure), total)
         if not gradients:
             return total, None
         shared: set[int] = set()
         results = [self._like(acc, leaf, shared) for acc, leaf in zip(grads, given, strict=True)]
         return total, optree.tree_unflatten(structure, results)
+
+    def _program(self, want: Want, arrays: list[Any], structure: Any) -> RowProgram | str | None:
+        """Return the captured loss, why there is none, or None where capture is not for this Objective."""
+        if not self._capturing:
+            return None
+        try:
+            key = (want, structure, tuple((a.shape, a.dtype) for a in arrays), fingerprint(self.loss))
+            found: RowProgram | str | None = self._programs.get(key)
+        except RecursionError:
+            return None
+        if found is None:
+            try:
+                parts = loss_program(
+                    self.loss, want, [Value(a.shape, a.dtype) for a in arrays], structure,
+                    [Value(a.shape, a.dtype) for a in self.data], self.device,
+                )  # fmt: skip
+                found = RowProgram(parts)
+            except Exception as error:  # whatever the loss does: it may well run eagerly
+                found = (str(error).splitlines() or [type(error).__name__])[0]
+            while len(self._programs) >= PROGRAMS:
+                self._programs.pop(next(iter(self._programs)), None)
+            self._programs[key] = found
+        return found
+
+    def _tell(self, why: RowProgram | str | None) -> None:
+        """Warn, once, that a loss runs operation by operation."""
+        if isinstance(why, str) and not self._told:
+            self._told.add(why)
+            warnings.warn(
+                f"Objective: the loss runs operation by operation, which is right but slower, as it cannot be captured: {why}",
+                CaptureWarning,
+                stacklevel=4,
+            )
+
+    def _replayed(self, program: RowProgram, arrays: list[Any]) -> tuple[Any, list[Any]]:
+        """Return value and gradients (all that the program gives) from a captured loss."""
+        size = self._block_size if isinstance(self._block_size, int) else None
+        out = program.run([*arrays, *self.data], self.rows, self._threads, size)
+        with numpy.errstate(all="ignore"):
+            total, *grads = [numpy.asarray(part, dtype=numpy.float64) / self._divisor for part in out]
+        return total, grads
 
     def _on_cpu(self, size: int, arrays: list[Any], structure: Any, gradients: bool) -> tuple[Any, list[Any], Any]:
         """Return the value, the gradients (none unless asked for) and the first row whose loss is not finite."""
@@ -678,6 +735,10 @@ def _resident(arrays: list[Any], where: backend.Device) -> tuple[Any, ...]:
             raise
     backend.release_memory(where)
     return tuple(arrays)
+
+
+def _bytes(data: tuple[Any, ...]) -> int:
+    return sum(a.nbytes for a in data)
 
 
 def _identities(data: tuple[Any, ...]) -> frozenset[int]:

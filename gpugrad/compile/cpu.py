@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from gpugrad.compile import cpu_blocks
+from gpugrad.compile import cpu_blocks, cpu_code
 from gpugrad.compile.fuse import Call, Kernel, Step, View
 from gpugrad.compile.plan import Plan, plan, writes_in_place
 from gpugrad.compile.program import Constant, Value
@@ -24,17 +24,14 @@ Action = Callable[[Env], None]
 KEPT_BYTES = 256 << 20  # results of one program that are kept for the caller to drop
 
 
+def has_compiler() -> bool:
+    """Tell whether loops are compiled here (numba is installed) and not run on NumPy."""
+    return cpu_code.available() is None
+
+
 def loop_runner(kernel: Kernel) -> Callable[..., list[Any]]:
     """Return what runs a fused loop: compiled where numba is there and takes its dtypes, else on NumPy."""
-    try:
-        from gpugrad.compile import cpu_code
-    except ImportError:
-        return cpu_blocks.loop(kernel.loop)
-    if cpu_code.available() is None:
-        found = cpu_code.loop(kernel.loop)
-        if found is not None:
-            return found
-    return cpu_blocks.loop(kernel.loop)
+    return (cpu_code.loop(kernel.loop) if has_compiler() else None) or cpu_blocks.loop(kernel.loop)
 
 
 class Outputs:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy
 
 from gpugrad import threads as _threads
-from gpugrad.compile.cpu import Instance, Outputs
+from gpugrad.compile import cpu_code
+from gpugrad.compile.cpu import Instance, Outputs, has_compiler
 from gpugrad.compile.fuse import Fuser, Step
 from gpugrad.compile.plan import Plan, plan
 from gpugrad.compile.program import Program, Value
 from gpugrad.compile.rows import PassPlan, Split, resized, row_pass
+from gpugrad.compile.text import pass_lines, step_lines
 
 Array = numpy.ndarray[Any, Any]
 OPERAND_BYTES = 2 << 20  # the widest intermediate of a block: the second-level cache
@@ -71,7 +73,9 @@ class RowProgram:
         if self.kernel is not None and all(map(_row_major, data)):
             totals = self._in_one_pass([*data, *crossing], results, threads)
         else:
-            totals = self._in_blocks(data, crossing, results, rows, threads, block_rows or self.block_rows(rows, threads))
+            totals = self._in_blocks(
+                data, crossing, results, rows, threads, block_rows or self.block_rows(rows, threads)
+            )
         late = self._run(self.after, [*totals, *crossing])
         return [results[k] if where == "row" else late[k] for where, k in self.parts.outputs]
 
@@ -105,8 +109,29 @@ class RowProgram:
                 totals.append(numpy.asarray(sums, dtype=numpy.float64)[places])
             else:
                 gathered = [back[k] for k in places.reshape(-1)]
-                totals.append((gathered[0] if not places.ndim else numpy.stack(gathered, axis=-1)).reshape(partial.shape))
+                totals.append(
+                    (gathered[0] if not places.ndim else numpy.stack(gathered, axis=-1)).reshape(partial.shape)
+                )
         return totals
+
+    def text(self, threads: int) -> str:
+        """Return what runs, as text."""
+        parts, rows = self.parts, self.parts.rows
+        lines = [*parts.program.lines(), ""]
+        if self.before is not None:
+            lines += [*step_lines(parts.before, self.before.steps, self.before.plan), ""]
+        if self.kernel is not None and self.pass_plan is not None:
+            lines += pass_lines(self.pass_plan.kernel, f"{rows:,} rows")
+            row_bytes = sum(v.nbytes for v in parts.body.inputs if self._is_row(v))
+            lines.append(f"  {row_bytes / 1e6:.3g} MB read once")
+        else:
+            size = self.block_rows(rows, threads)
+            fixed = self._of(size)
+            lines.append(f"{-(-rows // size)} blocks of {size:,} rows, by {threads} threads, each:")
+            lines += step_lines(fixed.program, fixed.steps, fixed.plan)
+        if self.after.steps:
+            lines += ["", *step_lines(parts.after, self.after.steps, self.after.plan)]
+        return "\n".join(lines)
 
     # ------------------------------------------------------------------------------------------------- blocks
 
@@ -183,11 +208,7 @@ def _row_major(array: Array) -> bool:
 
 
 def _compiled(plan_: PassPlan) -> Callable[..., Any] | None:
-    try:
-        from gpugrad.compile import cpu_code
-    except ImportError:
-        return None
-    return None if cpu_code.available() is not None else cpu_code.row_pass(plan_.kernel)
+    return cpu_code.row_pass(plan_.kernel) if has_compiler() else None
 
 
 def worth_splitting(program: Program) -> int | None:
@@ -200,5 +221,3 @@ def worth_splitting(program: Program) -> int | None:
     rows = largest.shape[0]
     made = sum(v.nbytes for eq in program.equations for v in eq.outputs)
     return rows if made > OPERAND_BYTES and math.prod(largest.shape) >= 1 << 16 else None
-
-

@@ -2,46 +2,87 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 
 from gpugrad import backend
 from gpugrad.backend import Device
 from gpugrad.compile.cpu import Instance, Outputs
+from gpugrad.compile.cpu_rows import RowProgram, worth_splitting
 from gpugrad.compile.fuse import Fuser
 from gpugrad.compile.program import Program
+from gpugrad.compile.rows import NotByRows, split
+from gpugrad.compile.text import describe
 
 
-class Executable:
-    """Runs a program on the CPU: ``executable(arrays) -> arrays``. Each concurrent call has buffers of its own."""
+class Executable(Protocol):
+    """Runs a program: arrays of its inputs' shapes and dtypes to the arrays of its outputs, which the caller owns."""
 
-    def __init__(self, program: Program, threads: int | None = None) -> None:
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        """Run."""
+
+    def text(self) -> str:
+        """Return operations, fused loops, buffers and bytes moved as text."""
+
+
+class _Whole:
+    """A program on the CPU whose values are as long as they are. Each concurrent call has buffers of its own."""
+
+    def __init__(self, program: Program) -> None:
         self.program = program
-        self.fused = Fuser(program)
-        self.threads = threads or backend.available_cores()
+        self.steps = Fuser(program).steps
+        self.threads = backend.available_cores()
         self.memory = Outputs()
         self.idle: list[Instance] = []
         self.lock = threading.Lock()
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
-        """Return the outputs for arrays of the inputs' shapes and dtypes."""
         with self.lock:
             instance = self.idle.pop() if self.idle else None
         if instance is None:
-            instance = Instance(self.fused.steps, self.program.inputs, self.program.outputs, self.threads, self.memory)
-        given = [numpy.asarray(a, dtype=v.dtype) for a, v in zip(arrays, self.program.inputs, strict=True)]
+            instance = Instance(self.steps, self.program.inputs, self.program.outputs, self.threads, self.memory)
         try:
-            return instance.run(given)
+            return instance.run(arrays)
         finally:
             with self.lock:
                 self.idle.append(instance)
 
     def text(self) -> str:
-        """Return the program, its steps, buffers and the bytes they move, as text."""
-        return "\n".join(self.program.lines())
+        return describe(self.program, self.steps)
+
+
+class _ByRows:
+    """A program on the CPU that is a sum over rows, or works on each alone: a block of rows at a time."""
+
+    def __init__(self, run: RowProgram) -> None:
+        self.run, self.rows = run, run.parts.rows
+        self.threads = backend.available_cores()
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        return self.run.run(list(arrays), self.rows, self.threads)
+
+    def text(self) -> str:
+        return self.run.text(self.threads)
+
+
+class _Checked:
+    """Gives an executable arrays in the machine's byte order, and numbers as arrays."""
+
+    def __init__(self, run: Any, program: Program) -> None:
+        self.run, self.dtypes = run, [v.dtype.newbyteorder("=") for v in program.inputs]
+        self.text = run.text
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        return self.run([numpy.asarray(a, dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)])
 
 
 def executable(program: Program, device: Device) -> Executable:
     """Return a program ready to run on a device."""
-    return Executable(program)
+    rows = worth_splitting(program)
+    if rows is not None:
+        try:
+            return _Checked(_ByRows(RowProgram(split(program, rows))), program)
+        except NotByRows:
+            pass
+    return _Checked(_Whole(program), program)

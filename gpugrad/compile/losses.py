@@ -1,0 +1,147 @@
+"""A loss over rows as a program for any number of rows: what an `Objective` runs in place of the tape.
+
+The number of rows is not in the program. It is captured twice, with two lengths that are found nowhere else among the
+shapes; where the two differ in anything but that length (a random number, a division by ``len(X)``), it would not mean
+the same for another number of rows, and is not used.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy
+import optree
+
+from gpugrad.backend import Device
+from gpugrad.compile.capture import ARRAY, TENSOR, capture
+from gpugrad.compile.program import Constant, Program, Value, simplified
+from gpugrad.compile.rows import Split, split
+from gpugrad.errors import CaptureError, NotDifferentiable, ShapeMismatch
+from gpugrad.ops.reduce import sum as _sum
+from gpugrad.tensor import Tensor
+from gpugrad.transforms import grad, value_and_grad
+
+Want = Literal["value", "gradient", "product"]
+_LENGTHS = (10_007, 10_009, 10_037, 10_039, 10_061, 10_067, 10_069, 10_079, 10_091, 10_093)  # primes
+
+
+def directional(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return (params, v, *block) -> the slope of the summed loss in params along v."""
+
+    def along(params: Any, v: Any, *block: Any) -> Any:
+        gradients = grad(lambda p: total(loss(p, *block)))(params)
+        parts = [_sum(g * d) for g, d in zip(optree.tree_leaves(gradients), optree.tree_leaves(v), strict=True)]
+        return _added(parts)
+
+    return along
+
+
+def _added(parts: list[Any]) -> Any:
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
+    return out
+
+
+def total(losses: Any) -> Any:
+    """Add losses up, of one row or none: a penalty is a scalar already."""
+    return _sum(losses) if losses.ndim else losses
+
+
+def loss_program(
+    loss: Callable[..., Any], want: Want, params: Sequence[Value], structure: Any, data: Sequence[Value], device: Device
+) -> Split:
+    """Return the program of the sum of a loss over rows, split; outputs in float64.
+
+    want: "value" -> the sum; "gradient" -> the sum and the cotangent of each parameter; "product" -> the Hessian times a
+    vector, which comes as more inputs like the parameters. data: as arrays are, of any number of rows. Raises
+    CaptureError or `rows.NotByRows`, or what the loss raises.
+    """
+    taken = {n for v in params for n in v.shape} | {n for v in data for n in v.shape[1:]}
+    first, second = [n for n in _LENGTHS if not any(m % n == 0 and m for m in taken)][:2]
+    one, other = (_captured(loss, want, params, structure, data, n, device) for n in (first, second))
+    _compare(one, other, first, second)
+    return split(one, first, wide=True)
+
+
+def _captured(
+    loss: Callable[..., Any],
+    want: Want,
+    params: Sequence[Value],
+    structure: Any,
+    data: Sequence[Value],
+    rows: int,
+    device: Device,
+) -> Program:
+    def checked(p: Any, *block: Any) -> Any:
+        losses = loss(p, *block)
+        if type(losses) is not Tensor or losses.shape != (rows,):
+            raise ShapeMismatch("the loss does not return one number a row")  # the caller says it better
+        if losses.dtype.kind != "f":
+            raise NotDifferentiable("the loss is no floating-point number")
+        return losses
+
+    def whole(p: Any, block: Any, v: Any) -> Any:
+        if want == "value":
+            return _sum(checked(p, *block))
+        if want == "gradient":
+            value, gradients = value_and_grad(lambda q: _sum(checked(q, *block)))(p)
+            return value, optree.tree_leaves(gradients)
+        return optree.tree_leaves(grad(directional(checked))(p, v, *block))
+
+    def inputs() -> list[Value]:
+        return [Value(v.shape, v.dtype) for v in params]
+
+    block = tuple((Value((rows, *v.shape[1:]), v.dtype), ARRAY) for v in data)
+    leaves = [(v, TENSOR) for v in inputs()]
+    along = [(v, TENSOR) for v in inputs()] if want == "product" else []
+    count = len(leaves)
+
+    def flat(*tensors: Any) -> Any:
+        p = optree.tree_unflatten(structure, list(tensors[:count]))
+        v = optree.tree_unflatten(structure, list(tensors[count + len(block) :])) if along else None
+        return whole(p, tensors[count : count + len(block)], v)
+
+    given = [*leaves, *block, *along]
+    _, outer = optree.tree_flatten((tuple(range(len(given))), {}))
+    name = getattr(loss, "__name__", "loss")
+    return simplified(capture(flat, given, outer, device, name).program)
+
+
+def _compare(one: Program, other: Program, first: int, second: int) -> None:
+    """Raise CaptureError unless two programs differ in the number of rows alone."""
+    names: dict[Value, Value] = dict(zip(one.inputs, other.inputs, strict=True))
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, slice) and isinstance(b, slice):
+            return all(x == y for x, y in zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True))
+        if hasattr(a, "dtype") and hasattr(b, "dtype") and hasattr(a, "shape"):
+            return a.shape == b.shape and a.dtype == b.dtype and bool(numpy.all((a == b) | ((a != a) & (b != b))))
+        return bool(a == b) or (a != a and b != b)
+
+    def shapes(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+        return len(a) == len(b) and all(x == y or (x, y) == (first, second) for x, y in zip(a, b, strict=True))
+
+    def values(a: Value, b: Value) -> bool:
+        if isinstance(a, Constant) and isinstance(b, Constant):
+            return a.weak == b.weak and (a.array is b.array or same(a.array, b.array))
+        return names.get(a) is b
+
+    def params(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        return a.keys() == b.keys() and all(
+            shapes(tuple(a[k]), tuple(b[k])) if k == "shape" else same(a[k], b[k]) for k in a
+        )
+
+    equal = len(one.equations) == len(other.equations) and len(one.outputs) == len(other.outputs)
+    for a, b in zip(one.equations, other.equations, strict=False):
+        if not equal:
+            break
+        equal = a.op is b.op and len(a.inputs) == len(b.inputs) and params(a.params, b.params)
+        equal = equal and all(map(values, a.inputs, b.inputs))
+        equal = equal and all(shapes(x.shape, y.shape) for x, y in zip(a.outputs, b.outputs, strict=True))
+        names.update(zip(a.outputs, b.outputs, strict=True))
+    if not equal or not all(map(values, one.outputs, other.outputs)):
+        raise CaptureError(
+            "it does not do the same for every number of rows: it uses that number, or something random, as a value"
+        )
