@@ -1,0 +1,451 @@
+"""The text of a kernel: LLVM IR for a Loop or a RowPass, over one range of rows.
+
+Both functions take first the range, then every operand, then the room for their sums: for an array a pointer and the
+bytes between neighbours on its first axis, for a number the number. Sums go to a row of `partials` (float64, zero on
+entry) that belongs to the range alone, so that ranges can run in any order on any thread.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpugrad.compile import cpu_math
+from gpugrad.compile.cpu_ir import ELEMENTS, Code, Unsupported, Vector, kind_of, size_of
+from gpugrad.compile.kernels import Loop, RowPass
+from gpugrad.compile.scalar import Expr, in_order
+
+TILE_ROWS = 64
+TILE_BYTES = 16 << 10  # of data rows: half of a first-level cache
+MOST_COLUMNS = 1 << 14  # of a matrix; beyond, tiles leave the second-level cache and products are BLAS's work
+MOST_PRODUCTS = 16
+
+
+@dataclass(frozen=True)
+class Text:
+    """A kernel's IR, and what its parameters are: ("array", kind, ndim), ("number", kind, 0) or ("index", "i8", 0)."""
+
+    ir: str
+    parameters: tuple[tuple[str, str, int], ...]
+
+
+class _Writer:
+    """Parameters in the making, beside the code."""
+
+    def __init__(self, indices: Sequence[str], register: int) -> None:
+        self.code = Code()
+        self.register = register  # bytes of a vector register
+        self.declared: list[str] = []
+        self.parameters: list[tuple[str, str, int]] = []
+        for name in indices:
+            self.declared.append(f"i64 %{name}")
+            self.parameters.append(("index", "i8", 0))
+
+    def index(self, name: str) -> Vector:
+        return Vector(self.code, "i8", 1, f"%{name}")
+
+    def array(self, kind: str, ndim: int) -> tuple[str, Vector]:
+        """Declare an array; return its pointer and its stride."""
+        n = len(self.parameters)
+        self.declared += [f"ptr %p{n}", f"i64 %s{n}"]
+        self.parameters.append(("array", kind, ndim))
+        return f"%p{n}", Vector(self.code, "i8", 1, f"%s{n}")
+
+    def number(self, kind: str) -> Vector:
+        """Declare a number."""
+        n = len(self.parameters)
+        self.declared.append(f"{ELEMENTS[kind]} %x{n}")
+        self.parameters.append(("number", kind, 0))
+        return Vector(self.code, kind, 1, f"%x{n}")
+
+    def text(self, name: str) -> Text:
+        return Text(self.code.function(name, self.declared, 8 * self.register), tuple(self.parameters))
+
+
+def _widest(roots: Sequence[Expr]) -> int:
+    """Return the bytes of the widest number computed with; what is 8 bytes only as an input or a mask costs little."""
+    return max((e.dtype.itemsize for e in in_order(roots) if e.fn not in ("const", "input")), default=4)
+
+
+# ------------------------------------------------------------------------------------------------------------- Loop
+
+
+def loop_lanes(kernel: Loop, register: int) -> int:
+    """Return how many elements a Loop's code does at once where columns are many: two registers of its results."""
+    return 2 * register // max(4, _widest((*kernel.outputs, *(e for e, _ in kernel.sums))))
+
+
+def check(kernel: Loop) -> None:
+    """Raise Unsupported if a Loop holds what is not printed here."""
+    for _, dtype in kernel.inputs:
+        kind_of(dtype)
+    cpu_math.check((*kernel.outputs, *(e for e, _ in kernel.sums)))
+
+
+def loop_text(kernel: Loop, name: str, register: int, lanes: int) -> Text:
+    """Return the function of a Loop for rows r0..r1 and columns c0..c1 of the index space.
+
+    partials holds the sums "all", a number each, then the sums over rows, `columns` numbers each; per_row, (sums,
+    rows), those over columns. Operands without gaps between rows are taken as one long row where layouts allow.
+    """
+    roots = (*kernel.outputs, *(e for e, _ in kernel.sums))
+    w = _Writer(("r0", "r1", "c0", "c1", "columns"), register)
+    code = w.code
+    arrays: dict[int, tuple[str, Vector]] = {}
+    scalars: dict[int, Vector] = {}
+    for k, (layout, dtype) in enumerate(kernel.inputs):
+        if layout == "scalar":
+            scalars[k] = w.number(kind_of(dtype))
+        else:
+            arrays[k] = w.array(kind_of(dtype), 2 if layout == "full" else 1)
+    outputs = [(*w.array(kind_of(e.dtype), 2), e) for e in kernel.outputs]
+    partial, _ = w.array("f8", 1)
+    per_row, per_row_stride = w.array("f8", 2)
+
+    r0, r1, c0, c1 = (w.index(n) for n in ("r0", "r1", "c0", "c1"))
+    columns = w.index("columns")
+    kinds = [kind_of(dtype) for _, dtype in kernel.inputs]
+    layouts = [layout for layout, _ in kernel.inputs]
+    overs = [over for _, over in kernel.sums]
+    rows, stop = r1 - r0, c1
+    if {"row", "column"}.isdisjoint(layouts) and {"rows", "columns"}.isdisjoint(overs):
+        dense = (c1 - c0).eq(columns)
+        for k, (_, stride) in arrays.items():
+            dense = dense & stride.eq(columns * size_of(kinds[k]))
+        for _, stride, e in outputs:
+            dense = dense & stride.eq(columns * e.dtype.itemsize)
+        stop = code.select(dense, rows * columns, c1)
+        rows = code.select(dense, 1, rows)
+    whole = c0 + ((stop - c0) & -lanes)
+    wide = {k: x.splat(lanes) for k, x in scalars.items()}
+
+    everything = {s: code.allocate("f8", lanes) for s, over in enumerate(overs) if over == "all"}
+    for place in everything.values():
+        code.store(code.number(0, "f8", lanes), place)
+    across = {s: code.allocate("f8", lanes) for s, over in enumerate(overs) if over == "columns"}
+    down = [s for s, over in enumerate(overs) if over == "rows"]
+
+    with code.loop(0, rows, 1) as i:
+        row = r0 + i
+        here: dict[int, str] = {}
+        fixed: dict[int, Vector] = {}  # in this row
+        for k, (pointer, stride) in arrays.items():
+            if layouts[k] == "full":
+                here[k] = code.at(pointer, row * stride)
+            elif layouts[k] == "row":
+                here[k] = pointer
+            else:
+                fixed[k] = code.load(code.at(pointer, row * stride), kinds[k]).splat(lanes)
+        there = [code.at(pointer, row * stride) for pointer, stride, _ in outputs]
+        for place in across.values():
+            code.store(code.number(0, "f8", lanes), place)
+
+        def columns_from(j: Vector, mask: Vector | None) -> None:
+            def inputs(k: int) -> Vector:
+                if k in here:
+                    return code.load(code.at(here[k], j * size_of(kinds[k])), kinds[k], lanes, mask)
+                return fixed[k] if k in fixed else wide[k]
+
+            # every load before any store: an output may be an input's own memory
+            values = cpu_math.evaluate(code, roots, functools.cache(inputs), lanes)
+            for x, pointer in zip(values, there, strict=False):
+                code.store(x, code.at(pointer, j * (1 if x.kind == "b1" else size_of(x.kind))), mask)
+            for s, x in enumerate(values[len(outputs) :]):
+                x = x.to("f8")
+                if mask is not None:
+                    x = code.select(mask, x, 0)
+                if s in down:
+                    place = code.at(partial, 8 * len(everything), columns * (8 * down.index(s)), j * 8)
+                    code.store(code.load(place, "f8", lanes, mask) + x, place, mask)
+                else:
+                    place = everything[s] if s in everything else across[s]
+                    code.store(code.load(place, "f8", lanes) + x, place)
+
+        with code.loop(c0, whole, lanes) as j:
+            columns_from(j, None)
+        with code.when(whole < stop):
+            columns_from(whole, code.mask(stop - whole, lanes))
+        for n, place in enumerate(across.values()):
+            total = code.total(code.load(place, "f8", lanes))
+            code.store(total, code.at(per_row, per_row_stride * n, row * 8))
+    for n, place in enumerate(everything.values()):
+        code.store(code.total(code.load(place, "f8", lanes)), code.at(partial, 8 * n))
+    return w.text(name)
+
+
+# ---------------------------------------------------------------------------------------------------------- RowPass
+
+
+@dataclass
+class _Matrix:
+    """A data matrix of a RowPass in the making."""
+
+    kind: str
+    columns: int
+    pointer: str
+    stride: Vector
+    products: list[int]
+    back: list[int]
+
+    def lanes(self, register: int) -> int:
+        return register // size_of(self.kind)
+
+
+def padded(columns: int) -> int:
+    """Return the room that a vector of `columns` sums has in partials: whole registers."""
+    return -(-columns // 16) * 16
+
+
+def row_pass_text(kernel: RowPass, name: str, register: int) -> Text:
+    """Return the function of a RowPass for rows lo..hi.
+
+    In tiles of rows that stay in the first-level cache: products with the weights, then the pointwise work over the
+    rows of the tile, then the sums of rows times factors, which are folded into float64 after every tile. partials
+    holds the sums, a number each, then the vectors of `back`, each `padded`.
+    """
+    roots = (*kernel.sums, *(e for _, e in kernel.back), *kernel.outputs)
+    cpu_math.check(roots)
+    if any(columns > MOST_COLUMNS or kind_of(dtype)[0] != "f" for dtype, columns in kernel.matrices):
+        raise Unsupported("matrices of integers, or wider than is worth it")
+    if any(kernel.products.count(m) > MOST_PRODUCTS for m in range(len(kernel.matrices))):
+        raise Unsupported("many products with one matrix: that is BLAS's work")
+    w = _Writer(("lo", "hi"), register)
+    code = w.code
+    matrices = [
+        _Matrix(
+            kind_of(dtype), columns, *w.array(kind_of(dtype), 2),
+            [p for p, its in enumerate(kernel.products) if its == m],
+            [b for b, (its, _) in enumerate(kernel.back) if its == m],
+        )
+        for m, (dtype, columns) in enumerate(kernel.matrices)
+    ]  # fmt: skip
+    weights = [w.array(matrices[m].kind, 1)[0] for m in kernel.products]
+    column_kinds = [kind_of(dtype) for dtype in kernel.columns]
+    column_arrays = [w.array(kind, 1) for kind in column_kinds]
+    scalars = [w.number(kind_of(dtype)) for dtype in kernel.scalars]
+    output_kinds = [kind_of(e.dtype) for e in kernel.outputs]
+    output_arrays = [w.array(kind, 1) for kind in output_kinds]
+    partial, _ = w.array("f8", 1)
+    lo, hi = w.index("lo"), w.index("hi")
+
+    lanes = 2 * register // max(4, _widest(roots))
+    row_bytes = sum(m.columns * size_of(m.kind) for m in matrices)
+    tile = TILE_ROWS
+    while tile > lanes and tile * row_bytes > TILE_BYTES:
+        tile //= 2
+
+    z = [code.allocate(matrices[m].kind, tile) for m in kernel.products]
+    # a factor wider than its matrix makes the sum as wide
+    factor_kinds = [
+        max(matrices[m].kind, kind_of(e.dtype)) if e.dtype.kind == "f" else matrices[m].kind for m, e in kernel.back
+    ]
+    factors = [code.allocate(kind, tile) for kind in factor_kinds]
+    gathered = [code.allocate(kind, tile) for kind in column_kinds]
+    results = [code.allocate(kind, tile) for kind in output_kinds]
+    sums = [code.allocate("f8", lanes) for _ in kernel.sums]
+    for place in sums:
+        code.store(code.number(0, "f8", lanes), place)
+    offsets = []
+    offset = len(sums)
+    for place_of, _ in kernel.back:
+        offsets.append(offset)
+        offset += padded(kernel.matrices[place_of][1])
+    wide_scalars = [x.splat(lanes) for x in scalars]
+
+    with code.loop(lo, hi, tile) as i:
+        left = hi - i
+        n = code.select(left < tile, left, tile)
+        for matrix in matrices:
+            if matrix.products:
+                start = code.at(matrix.pointer, i * matrix.stride)
+                mine = matrix.products
+                _products(w, matrix, start, n, [weights[p] for p in mine], [z[p] for p in mine])
+        pointers = [
+            _gathered(code, pointer, stride, kind, i, n, tile, room)
+            for (pointer, stride), kind, room in zip(column_arrays, column_kinds, gathered, strict=True)
+        ]
+        with code.loop(0, n, lanes) as k:
+
+            def inputs(position: int) -> Vector:
+                if position < len(z):
+                    kind = matrices[kernel.products[position]].kind
+                    return code.load(code.at(z[position], k * size_of(kind)), kind, lanes)
+                position -= len(z)
+                if position < len(pointers):
+                    kind = column_kinds[position]
+                    return code.load(code.at(pointers[position], k * size_of(kind)), kind, lanes)
+                return wide_scalars[position - len(pointers)]
+
+            values = cpu_math.evaluate(code, roots, functools.cache(inputs), lanes)
+            inside = code.mask(n - k, lanes)
+            for x, place in zip(values, sums, strict=False):
+                x = code.select(inside, x.to("f8"), 0)
+                code.store(code.load(place, "f8", lanes) + x, place)
+            rest = values[len(sums) :]
+            for x, kind, room in zip(rest, factor_kinds, factors, strict=False):
+                code.store(x.to(kind), code.at(room, k * size_of(kind)))
+            for x, kind, room in zip(rest[len(factors) :], output_kinds, results, strict=True):
+                code.store(x, code.at(room, k * size_of(kind)))
+        for (pointer, stride), kind, room in zip(output_arrays, output_kinds, results, strict=True):
+            memory = "u1" if kind == "b1" else kind
+            with code.loop(0, n, 1) as k:
+                x = code.load(code.at(room, k * size_of(memory)), memory)
+                code.store(x, code.at(pointer, (i + k) * stride))
+        for matrix in matrices:
+            for kind in sorted({factor_kinds[b] for b in matrix.back}):
+                mine = [b for b in matrix.back if factor_kinds[b] == kind]
+                places = [code.at(partial, 8 * offsets[b]) for b in mine]
+                start = code.at(matrix.pointer, i * matrix.stride)
+                _row_sums(w, matrix, start, n, kind, [factors[b] for b in mine], places)
+    for s, place in enumerate(sums):
+        code.store(code.total(code.load(place, "f8", lanes)), code.at(partial, 8 * s))
+    return w.text(name)
+
+
+def _gathered(code: Code, pointer: str, stride: Vector, kind: str, i: Vector, n: Vector, tile: int, room: str) -> str:
+    """Return where a tile's elements of a column are side by side and as many as a tile: as they are, or copied."""
+    memory = "u1" if kind == "b1" else kind
+    size = size_of(memory)
+    start = code.at(pointer, i * stride)
+    ready = stride.eq(size) & n.eq(tile)
+    count = code.select(ready, 0, n)
+    with code.loop(0, count, 1) as k:
+        code.store(code.load(code.at(start, k * stride), memory), code.at(room, k * size))
+    name = code.fresh()
+    code.lines.append(f"  {name} = select {ready.typed}, ptr {start}, ptr {room}")
+    return name
+
+
+def _blocks(m: _Matrix, lanes: int) -> list[tuple[int, Vector | None]]:
+    """Return the first column and the mask of each register's worth of columns."""
+    code = m.stride.code
+    whole = m.columns // lanes * lanes
+    blocks: list[tuple[int, Vector | None]] = [(c, None) for c in range(0, whole, lanes)]
+    if whole < m.columns:
+        blocks.append((whole, code.mask(m.columns - whole, lanes)))
+    return blocks
+
+
+def _products(w: _Writer, m: _Matrix, start: str, n: Vector, weights: Sequence[str], rooms: Sequence[str]) -> None:
+    """Write z[p][k] = row k of the tile . weight p, several rows at once for as many sums in flight."""
+    code, lanes, size = w.code, m.lanes(w.register), size_of(m.kind)
+    blocks = _blocks(m, lanes)
+    at_once = lanes if len(blocks) <= 8 else 4
+    while at_once > 1 and at_once * len(weights) > 16:
+        at_once //= 2
+
+    def rows(k: Vector, count: int) -> None:
+        pointers = [code.at(start, (k + r) * m.stride) for r in range(count)]
+        if len(blocks) <= 4:
+            sums: list[Vector | None] = [None] * (count * len(weights))
+            for c, mask in blocks:
+                ws = [code.load(code.at(p, c * size), m.kind, lanes, mask) for p in weights]
+                for r, pointer in enumerate(pointers):
+                    x = code.load(code.at(pointer, c * size), m.kind, lanes, mask)
+                    for p, weight in enumerate(ws):
+                        before = sums[p * count + r]
+                        sums[p * count + r] = x * weight if before is None else code.fma(x, weight, before)
+            totals = [s for s in sums if s is not None]
+        else:
+            places = [code.allocate(m.kind, lanes) for _ in range(count * len(weights))]
+            for place in places:
+                code.store(code.number(0, m.kind, lanes), place)
+
+            def add(offset: Vector, mask: Vector | None) -> None:
+                ws = [code.load(code.at(p, offset), m.kind, lanes, mask) for p in weights]
+                for r, pointer in enumerate(pointers):
+                    x = code.load(code.at(pointer, offset), m.kind, lanes, mask)
+                    for p, weight in enumerate(ws):
+                        place = places[p * count + r]
+                        code.store(code.fma(x, weight, code.load(place, m.kind, lanes)), place)
+
+            whole = m.columns // lanes * lanes
+            with code.loop(0, code.number(whole * size, "i8"), lanes * size) as offset:
+                add(offset, None)
+            if whole < m.columns:
+                add(code.number(whole * size, "i8"), blocks[-1][1])
+            totals = [code.load(place, m.kind, lanes) for place in places]
+        for p, room in enumerate(rooms):
+            code.store(_totals(code, totals[p * count : (p + 1) * count]), code.at(room, k * size))
+
+    done = n.like(0)
+    if at_once > 1:
+        done = n & -at_once
+        with code.loop(0, done, at_once) as k:
+            rows(k, at_once)
+    with code.loop(done, n, 1) as k:
+        rows(k, 1)
+
+
+def _totals(code: Code, vectors: list[Vector]) -> Vector:
+    """Return the sums of the lanes of each vector (a power of 2 of them) as the lanes of one."""
+    share = vectors[0].lanes  # lanes that hold one vector's partial sums
+    while len(vectors) > 1:
+        share //= 2
+        joined = []
+        for x, y in zip(vectors[::2], vectors[1::2], strict=True):
+            # of every group of partial sums the first half, then the second, of x and then of y
+            groups = range(0, 2 * x.lanes, 2 * share)
+            first = [g + k for g in groups for k in range(share)]
+            joined.append(code.shuffle(x, y, first) + code.shuffle(x, y, [f + share for f in first]))
+        vectors = joined
+    x = vectors[0]
+    while share > 1:
+        share //= 2
+        first = [g + k for g in range(0, x.lanes, 2 * share) for k in range(share)]
+        x = code.shuffle(x, x, first) + code.shuffle(x, x, [f + share for f in first])
+    return x
+
+
+def _row_sums(
+    w: _Writer, m: _Matrix, start: str, n: Vector, kind: str, factors: Sequence[str], places: Sequence[str]
+) -> None:
+    """Write places[q] += sum over rows k of the tile of factor q[k] * row k; places are in float64."""
+    code, size = w.code, size_of(m.kind)
+    lanes = w.register // size_of(m.kind)
+    blocks = _blocks(m, lanes)
+    together = max(1, 8 // len(factors))
+
+    def some(group: Sequence[tuple[Vector | int, Vector | None]]) -> None:
+        """Add up columns that are in registers at once; group: their first column and mask."""
+        unroll = max(1, min(4, 8 // (len(group) * len(factors))))
+        sums = [[[code.allocate(kind, lanes) for _ in group] for _ in factors] for _ in range(unroll)]
+        for place in (place for by_factor in sums for by_block in by_factor for place in by_block):
+            code.store(code.number(0, kind, lanes), place)
+        offsets = [c * size for c, _ in group]
+
+        def rows(k: Vector, count: int) -> None:
+            for u in range(count):
+                r = k + u
+                pointer = code.at(start, r * m.stride)
+                rs = [code.load(code.at(f, r * size_of(kind)), kind).splat(lanes) for f in factors]
+                for b, (offset, (_, mask)) in enumerate(zip(offsets, group, strict=True)):
+                    x = code.load(code.at(pointer, offset), m.kind, lanes, mask).to(kind)
+                    for q, factor in enumerate(rs):
+                        place = sums[u][q][b]
+                        code.store(code.fma(x, factor, code.load(place, kind, lanes)), place)
+
+        done = n.like(0)
+        if unroll > 1:
+            done = n & -unroll
+            with code.loop(0, done, unroll) as k:
+                rows(k, unroll)
+        with code.loop(done, n, 1) as k:
+            rows(k, 1)
+        for q, pointer in enumerate(places):
+            for b, (c, _) in enumerate(group):
+                total = code.load(sums[0][q][b], kind, lanes)
+                for u in range(1, unroll):
+                    total = total + code.load(sums[u][q][b], kind, lanes)
+                place = code.at(pointer, c * 8)
+                code.store(code.load(place, "f8", lanes) + total.to("f8"), place)
+
+    groups = [blocks[g : g + together] for g in range(0, len(blocks), together)]
+    if len(groups) <= 3:
+        for group in groups:
+            some(group)
+        return
+    even = m.columns // (together * lanes)
+    with code.loop(0, code.number(even * together * lanes, "i8"), together * lanes) as c:
+        some([(c + b * lanes, None) for b in range(together)])
+    for group in groups[even:]:
+        some(group)
