@@ -26,7 +26,7 @@ from gpugrad import threads as _workers
 from gpugrad.compile.cpu import has_compiler
 from gpugrad.compile.cpu_rows import RowProgram
 from gpugrad.compile.fingerprint import fingerprint
-from gpugrad.compile.losses import Want, loss_program
+from gpugrad.compile.losses import Want, directional, loss_program
 from gpugrad.compile.program import Value
 from gpugrad.errors import (
     CaptureWarning,
@@ -41,7 +41,7 @@ from gpugrad.op import Node, box, recording
 from gpugrad.stream import Feeder
 from gpugrad.tape import LIVE, force_grad, new_leaf, no_grad, own, reachable, sweep
 from gpugrad.tensor import Tensor
-from gpugrad.transforms import value_and_grad
+from gpugrad.transforms import grad, value_and_grad
 
 # A block's rows of the data, read from memory once, and its widest intermediate, which must stay in the second-level
 # cache: large enough that a NumPy call is work and not overhead. Found by measurement, see docs/performance.md.
@@ -191,6 +191,59 @@ class Objective:
         """
         return self._evaluate(params, gradients=True, check=False)
 
+    def hvp(self, params: Any, v: Any) -> Any:
+        """Return the Hessian at params times v, both of one structure, in the structure, kinds and dtypes of params.
+
+        Forward over reverse would need rules of its own: this is the gradient of the slope along v, two reverse sweeps.
+        Raises ShapeMismatch, NotDifferentiable; a product that is not finite is returned.
+        """
+        given, structure = optree.tree_flatten(params)
+        along, other = optree.tree_flatten(v)
+        shapes = [numpy.shape(_plain(leaf)) for leaf in given]
+        if other != structure or [numpy.shape(_plain(leaf)) for leaf in along] != shapes:
+            raise ShapeMismatch(f"Objective.hvp: v has structure {other}; expected that of params, {structure}, and shapes")
+        with backend.activate(self.device):
+            if self._ready is not None:
+                backend.follow(self._ready)
+            arrays = [self._parameter(leaf) for leaf in given]
+            directions = [self._parameter(leaf) for leaf in along]
+            directions = [d if d.dtype == a.dtype else d.astype(a.dtype) for d, a in zip(directions, arrays, strict=True)]
+        found = self._program("product", arrays, structure)
+        with backend.activate(self.device), numpy.errstate(all="ignore"):
+            if isinstance(found, RowProgram):
+                products = [part / self._divisor for part in self._totals(found, [*arrays, *self.data, *directions])]
+            else:
+                products = self._product_by_blocks(arrays, directions, structure)
+                self._tell(found)
+            if self.penalty is not None:
+                p, d = (optree.tree_unflatten(structure, leaves) for leaves in (arrays, directions))
+                more = optree.tree_leaves(grad(directional(self.penalty))(p, d))
+                products = [acc + part for acc, part in zip(products, more, strict=True)]
+            _, products = self._brought_home(0.0, products, given, check=False)
+        shared: set[int] = set()
+        results = [self._like(acc, leaf, shared) for acc, leaf in zip(products, given, strict=True)]
+        return optree.tree_unflatten(structure, results)
+
+    def _product_by_blocks(self, arrays: list[Any], directions: list[Any], structure: Any) -> list[Any]:
+        """Return the Hessian of the sum over rows times a vector, block by block in float64."""
+        p, d = (optree.tree_unflatten(structure, leaves) for leaves in (arrays, directions))
+        along = grad(directional(lambda params, *block: self._losses(optree.tree_leaves(params), structure, block)))
+        totals: list[Any] = []
+
+        def add(_start: int, block: Sequence[Any]) -> None:
+            nonlocal totals
+            parts = optree.tree_leaves(along(p, d, *block))
+            sums = totals or [part.astype(numpy.float64) * 0 for part in parts]
+            totals = [acc + part for acc, part in zip(sums, parts, strict=True)]
+
+        before = recording.trusted
+        recording.trusted = before | _identities(self.data)
+        try:
+            self._over_blocks(self._block_rows(arrays, structure), add)
+        finally:
+            recording.trusted = before
+        return [acc / self._divisor for acc in totals]
+
     def batches(self, batch_size: int, seed: int = 0) -> Iterator["Objective"]:
         """Yield one epoch of mini-batches, each an Objective over `batch_size` rows of a permutation drawn from seed.
 
@@ -292,8 +345,8 @@ class Objective:
 
     def _program(self, want: Want, arrays: list[Any], structure: Any) -> RowProgram | str | None:
         """Return the captured loss, why there is none, or None where capture is not for this Objective."""
-        if not self._capturing:
-            return None
+        if not self._capturing or not {"raise", "call"}.isdisjoint(numpy.geterr().values()):
+            return None  # who wants to hear of overflows hears of them from NumPy
         try:
             key = (want, structure, tuple((a.shape, a.dtype) for a in arrays), fingerprint(self.loss))
             found: RowProgram | str | None = self._programs.get(key)
@@ -325,11 +378,15 @@ class Objective:
 
     def _replayed(self, program: RowProgram, arrays: list[Any]) -> tuple[Any, list[Any]]:
         """Return value and gradients (all that the program gives) from a captured loss."""
-        size = self._block_size if isinstance(self._block_size, int) else None
-        out = program.run([*arrays, *self.data], self.rows, self._threads, size)
         with numpy.errstate(all="ignore"):
-            total, *grads = [numpy.asarray(part, dtype=numpy.float64) / self._divisor for part in out]
+            total, *grads = (part / self._divisor for part in self._totals(program, [*arrays, *self.data]))
         return total, grads
+
+    def _totals(self, program: RowProgram, arrays: list[Any]) -> list[Any]:
+        """Return what a captured loss adds up over all rows, in float64."""
+        size = self._block_size if isinstance(self._block_size, int) else None
+        out = program.run(arrays, self.rows, self._threads, size)
+        return [numpy.asarray(part, dtype=numpy.float64) for part in out]
 
     def _on_cpu(self, size: int, arrays: list[Any], structure: Any, gradients: bool) -> tuple[Any, list[Any], Any]:
         """Return the value, the gradients (none unless asked for) and the first row whose loss is not finite."""

@@ -21,8 +21,8 @@ if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fo
 
 
 @functools.cache
-def _blas() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+def _blas() -> list[Any]:
+    return list(threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
 class single_threaded_blas:  # used like a function
@@ -30,13 +30,15 @@ class single_threaded_blas:  # used like a function
 
     _lock = threading.Lock()
     _users = 0
-    _limit: Any = None
+    _before: tuple[int, ...] = ()
 
     def __enter__(self) -> None:
         cls = type(self)
         with cls._lock:
             if not cls._users:
-                cls._limit = _blas().limit(limits=1)
+                cls._before = tuple(library.get_num_threads() for library in _blas())
+                for library in _blas():
+                    library.set_num_threads(1)
             cls._users += 1
 
     def __exit__(self, *_exc: object) -> None:
@@ -44,7 +46,8 @@ class single_threaded_blas:  # used like a function
         with cls._lock:
             cls._users -= 1
             if not cls._users:
-                cls._limit.restore_original_limits()
+                for library, count in zip(_blas(), cls._before, strict=True):
+                    library.set_num_threads(count)
 
 
 class _Worker(threading.local):

@@ -95,8 +95,7 @@ class Capture:
     def refused(self, what: str, remedy: str) -> CaptureError:
         """Return the error for something that cannot be captured, naming the user's line."""
         return CaptureError(
-            f"{user_line()}: {what} while {self.name} is captured, which runs without values; use {remedy}, or call "
-            "it without gpugrad.compile"
+            f"{user_line()}: {what} while {self.name} is captured, which runs without values; use {remedy}"
         )
 
     # ------------------------------------------------------------------------------------------------ values
@@ -155,7 +154,7 @@ class Capture:
                 if node is not None and not isinstance(arg, Tracer) and node.seq < self.start and recording.on:
                     raise self.refused(
                         f"argument {position} of {op.name} is a tensor that requires grad from outside",
-                        "it as an argument of the function",
+                        "it as an argument",
                     )
             elif isinstance(arg, Abstract):
                 kinds.add(arg.kind)  # type: ignore[attr-defined]  # a Tracer
@@ -301,7 +300,7 @@ def infer(op: Op, inputs: Sequence[Value], params: dict[str, Any]) -> list[Aval]
         if dtype.kind == "O":
             raise TypeError(f"{op.name}: an argument has dtype object; expected numbers, cast it first")
         if dtype.kind == "c":
-            raise CaptureError(f"{op.name}: complex numbers are not captured; call it without gpugrad.compile")
+            raise CaptureError(f"{op.name}: complex numbers are not captured")
     return avals
 
 
@@ -340,7 +339,7 @@ def _dtype_by(op: Op, inputs: Sequence[Value], params: dict[str, Any]) -> Any:
 def _by_sample(op: Op, inputs: Sequence[Value], params: dict[str, Any]) -> list[Aval]:
     """Run an op on arrays of ones (matrices with a unit diagonal) to see what it gives."""
     if sum(v.size for v in inputs) > _SAMPLE:
-        raise CaptureError(f"{op.name}: cannot be captured for arrays this large; call it without gpugrad.compile")
+        raise CaptureError(f"{op.name}: cannot be captured for arrays this large")
     samples = []
     for value in inputs:
         if value.ndim < 2 or value.dtype.kind not in "fc":

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy
@@ -11,9 +12,20 @@ from gpugrad.backend import Device
 from gpugrad.compile.cpu import Instance, Outputs
 from gpugrad.compile.cpu_rows import RowProgram, worth_splitting
 from gpugrad.compile.fuse import Fuser
-from gpugrad.compile.program import Program
+from gpugrad.compile.program import Equation, Program
 from gpugrad.compile.rows import NotByRows, split
 from gpugrad.compile.text import describe
+from gpugrad.threads import single_threaded_blas
+
+
+SMALL_FLOPS = 2e8  # of all products of a program: a few milliseconds
+
+
+def _flops(eq: Equation) -> float:
+    """Return multiplications and additions of a matrix product, 0 for another op."""
+    if eq.op.name != "matmul":
+        return 0.0
+    return 2.0 * eq.outputs[0].size * (eq.inputs[0].shape or (1,))[-1]
 
 
 class Executable(Protocol):
@@ -36,8 +48,14 @@ class _Whole:
         self.memory = Outputs()
         self.idle: list[Instance] = []
         self.lock = threading.Lock()
+        # below this, what threads gain a product they lose in meeting
+        self.alone = sum(_flops(eq) for eq in program.equations) < SMALL_FLOPS
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        with single_threaded_blas() if self.alone else nullcontext():
+            return self._run(arrays)
+
+    def _run(self, arrays: Sequence[Any]) -> list[Any]:
         with self.lock:
             instance = self.idle.pop() if self.idle else None
         if instance is None:
