@@ -146,11 +146,12 @@ class _Loop:
     def __init__(self, kernel: Loop) -> None:
         self._kernel = kernel
         self._lanes = cpu_kernels.loop_lanes(kernel, cpu_build.register())
-        self._entries: dict[int, Callable[..., Any]] = {}
+        self._entries: dict[tuple[int, bool], Callable[..., Any]] = {}
         overs = [over for _, over in kernel.sums]
         self._overs = overs
         self._everything = overs.count("all")
         self._down = overs.count("rows")
+        self._room = cpu_kernels.loop_room(kernel, 1) - self._everything
         self._across = overs.count("columns")
         layouts = [layout for layout, _ in kernel.inputs]
         self._full = [k for k, layout in enumerate(layouts) if layout == "full"]
@@ -159,11 +160,13 @@ class _Loop:
             e.dtype.itemsize for e in kernel.outputs
         )
 
-    def _entry(self, lanes: int) -> Callable[..., Any]:
-        entry = self._entries.get(lanes)
+    def _entry(self, lanes: int, narrow: bool) -> Callable[..., Any]:
+        entry = self._entries.get((lanes, narrow))
         if entry is None:
-            text = functools.partial(cpu_kernels.loop_text, self._kernel, register=cpu_build.register(), lanes=lanes)
-            entry = self._entries[lanes] = cpu_build.build((*self._kernel.key(), lanes), text)
+            text = functools.partial(
+                cpu_kernels.loop_text, self._kernel, register=cpu_build.register(), lanes=lanes, narrow=narrow
+            )
+            entry = self._entries[lanes, narrow] = cpu_build.build((*self._kernel.key(), lanes, narrow), text)
         return entry
 
     @functools.cached_property
@@ -178,12 +181,8 @@ class _Loop:
             k for k, (to, _) in enumerate(inputs) if to == "full"
         ]
 
-    def _run_one_column(
-        self, inputs: Sequence[Any], outputs: Sequence[Any], threads: int, rows: int
-    ) -> list[Any] | None:
-        """Run as one long row; None if an output has gaps."""
-        if any(y.strides[0] != y.itemsize for y in outputs):
-            return None
+    def _run_one_column(self, inputs: Sequence[Any], outputs: Sequence[Any], threads: int, rows: int) -> list[Any]:
+        """Run as one long row; outputs have no gaps."""
         turned, full = self._of_one_column
         inputs = [
             numpy.ascontiguousarray(x).reshape(1, rows) if k in full else x if numpy.ndim(x) == 0 else x[0]
@@ -201,26 +200,21 @@ class _Loop:
         self, inputs: Sequence[Any], outputs: Sequence[Any], threads: int, rows: int, columns: int
     ) -> list[Any]:
         lanes = self._lanes
-        if columns < lanes and not (
-            self._flat
-            and all(inputs[k].flags.c_contiguous for k in self._full)
-            and all(y.flags.c_contiguous for y in outputs)
-        ):
-            if columns == 1 and rows > 1:
-                done = self._run_one_column(inputs, outputs, threads, rows)
-                if done is not None:
-                    return done
+        narrow = columns <= lanes and rows > 1 and not (self._flat and self._dense(inputs, outputs))
+        if narrow:
+            if columns == 1 and all(y.strides[0] == y.itemsize for y in outputs):
+                return self._run_one_column(inputs, outputs, threads, rows)
             while lanes > 4 and columns <= lanes // 2:
                 lanes //= 2
-        entry = self._entries.get(lanes) or self._entry(lanes)
+        entry = self._entries.get((lanes, narrow)) or self._entry(lanes, narrow)
         size = rows * columns * self._bytes
         if not self._overs:
             if size < 2 * STRIPE_BYTES or threads == 1:
                 entry(0, rows, 0, columns, columns, *inputs, *outputs, _NOTHING, _NO_ROWS)
-                return []
-            self._striped(entry, inputs, outputs, threads, rows, columns, _stripes(size), None, _NO_ROWS)
+            else:
+                self._striped(entry, inputs, outputs, threads, rows, columns, _stripes(size), None, _NO_ROWS)
             return []
-        width = self._everything + self._down * columns
+        width = self._everything + self._room * columns
         per_row = numpy.empty((self._across, rows)) if self._across else _NO_ROWS
         stripes = min(_stripes(size), max(1, PARTIAL_BYTES // (8 * width + 1)))
         if self._across:
@@ -233,6 +227,10 @@ class _Loop:
             self._striped(entry, inputs, outputs, threads, rows, columns, stripes, partials, per_row)
             total = partials.sum(axis=0)
         return self._sums(total, per_row, columns)
+
+    def _dense(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> bool:
+        """Tell whether no operand has gaps between rows."""
+        return all(inputs[k].flags.c_contiguous for k in self._full) and all(y.flags.c_contiguous for y in outputs)
 
     def _striped(
         self,

@@ -6,7 +6,7 @@ entry) that belongs to the range alone, so that ranges can run in any order on a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpugrad.compile import cpu_math
@@ -18,6 +18,7 @@ TILE_ROWS = 64
 TILE_BYTES = 16 << 10  # of data rows: half of a first-level cache
 MOST_COLUMNS = 1 << 14  # of a matrix; beyond, tiles leave the second-level cache and products are BLAS's work
 MOST_PRODUCTS = 16
+FOLD_ROWS = 64  # whose float32 sums are then added to the float64 ones
 
 
 @dataclass(frozen=True)
@@ -81,95 +82,159 @@ def check(kernel: Loop) -> None:
     cpu_math.check((*kernel.outputs, *(e for e, _ in kernel.sums)))
 
 
-def loop_text(kernel: Loop, name: str, register: int, lanes: int) -> Text:
+def loop_room(kernel: Loop, columns: int) -> int:
+    """Return how many float64 a row of `partials` has."""
+    down = [e for e, over in kernel.sums if over == "rows"]
+    singles = sum(kind_of(e.dtype) == "f4" for e in down)
+    return sum(over == "all" for _, over in kernel.sums) + (len(down) + singles) * columns
+
+
+def loop_text(kernel: Loop, name: str, register: int, lanes: int, narrow: bool) -> Text:
     """Return the function of a Loop for rows r0..r1 and columns c0..c1 of the index space.
 
-    partials holds the sums "all", a number each, then the sums over rows, `columns` numbers each; per_row, (sums,
-    rows), those over columns. Operands without gaps between rows are taken as one long row where layouts allow.
+    partials holds the sums "all", a number each, then the sums over rows, `columns` numbers each, and room for those in
+    the making; per_row, (sums, rows), the sums over columns. narrow: for at most `lanes` columns, all of them.
+    Otherwise operands without gaps between rows are taken as one long row where layouts allow.
     """
-    roots = (*kernel.outputs, *(e for e, _ in kernel.sums))
-    w = _Writer(("r0", "r1", "c0", "c1", "columns"), register)
-    code = w.code
-    arrays: dict[int, tuple[str, Vector]] = {}
-    scalars: dict[int, Vector] = {}
-    for k, (layout, dtype) in enumerate(kernel.inputs):
-        if layout == "scalar":
-            scalars[k] = w.number(kind_of(dtype))
-        else:
-            arrays[k] = w.array(kind_of(dtype), 2 if layout == "full" else 1)
-    outputs = [(*w.array(kind_of(e.dtype), 2), e) for e in kernel.outputs]
-    partial, _ = w.array("f8", 1)
-    per_row, per_row_stride = w.array("f8", 2)
+    return _LoopWriter(kernel, register, lanes, narrow).text(name)
 
-    r0, r1, c0, c1 = (w.index(n) for n in ("r0", "r1", "c0", "c1"))
-    columns = w.index("columns")
-    kinds = [kind_of(dtype) for _, dtype in kernel.inputs]
-    layouts = [layout for layout, _ in kernel.inputs]
-    overs = [over for _, over in kernel.sums]
-    rows, stop = r1 - r0, c1
-    if {"row", "column"}.isdisjoint(layouts) and {"rows", "columns"}.isdisjoint(overs):
-        dense = (c1 - c0).eq(columns)
-        for k, (_, stride) in arrays.items():
-            dense = dense & stride.eq(columns * size_of(kinds[k]))
-        for _, stride, e in outputs:
-            dense = dense & stride.eq(columns * e.dtype.itemsize)
-        stop = code.select(dense, rows * columns, c1)
-        rows = code.select(dense, 1, rows)
-    whole = c0 + ((stop - c0) & -lanes)
-    wide = {k: x.splat(lanes) for k, x in scalars.items()}
 
-    everything = {s: code.allocate("f8", lanes) for s, over in enumerate(overs) if over == "all"}
-    for place in everything.values():
-        code.store(code.number(0, "f8", lanes), place)
-    across = {s: code.allocate("f8", lanes) for s, over in enumerate(overs) if over == "columns"}
-    down = [s for s, over in enumerate(overs) if over == "rows"]
+class _LoopWriter(_Writer):
+    """The function of a Loop in the making."""
 
-    with code.loop(0, rows, 1) as i:
-        row = r0 + i
-        here: dict[int, str] = {}
-        fixed: dict[int, Vector] = {}  # in this row
-        for k, (pointer, stride) in arrays.items():
-            if layouts[k] == "full":
-                here[k] = code.at(pointer, row * stride)
-            elif layouts[k] == "row":
-                here[k] = pointer
+    def __init__(self, kernel: Loop, register: int, lanes: int, narrow: bool) -> None:
+        super().__init__(("r0", "r1", "c0", "c1", "columns"), register)
+        code = self.code
+        self.lanes = lanes
+        self.roots = (*kernel.outputs, *(e for e, _ in kernel.sums))
+        self.kinds = [kind_of(dtype) for _, dtype in kernel.inputs]
+        self.layouts = [layout for layout, _ in kernel.inputs]
+        self.arrays: dict[int, tuple[str, Vector]] = {}
+        self.fixed: dict[int, Vector] = {}  # the same in all rows, or in this one
+        scalars: dict[int, Vector] = {}
+        for k, layout in enumerate(self.layouts):
+            if layout == "scalar":
+                scalars[k] = self.number(self.kinds[k])
             else:
-                fixed[k] = code.load(code.at(pointer, row * stride), kinds[k]).splat(lanes)
-        there = [code.at(pointer, row * stride) for pointer, stride, _ in outputs]
-        for place in across.values():
-            code.store(code.number(0, "f8", lanes), place)
+                self.arrays[k] = self.array(self.kinds[k], 2 if layout == "full" else 1)
+        self.outputs = [self.array(kind_of(e.dtype), 2) for e in kernel.outputs]
+        self.partial, _ = self.array("f8", 1)
+        self.per_row, self.per_row_stride = self.array("f8", 2)
+        self.columns = self.index("columns")
+        self.overs = [over for _, over in kernel.sums]
+        self.down = [s for s, over in enumerate(self.overs) if over == "rows"]
+        self.singles = [s for s in self.down if kind_of(kernel.sums[s][0].dtype) == "f4"]
+        # where sums are held in a register; float32 ones over rows are held in memory and folded after some rows
+        self.held = {s: code.allocate("f8", lanes) for s, over in enumerate(self.overs) if narrow or over != "rows"}
+        for k, x in scalars.items():
+            self.fixed[k] = x.splat(lanes)
 
-        def columns_from(j: Vector, mask: Vector | None) -> None:
-            def inputs(k: int) -> Vector:
-                if k in here:
-                    return code.load(code.at(here[k], j * size_of(kinds[k])), kinds[k], lanes, mask)
-                return fixed[k] if k in fixed else wide[k]
+        self._clear("all", "rows")
+        if narrow:
+            mask = code.mask(self.columns, lanes)
+            for k, (pointer, _) in self.arrays.items():
+                if self.layouts[k] == "row":
+                    self.fixed[k] = code.load(pointer, self.kinds[k], lanes, mask)
+            with code.loop(self.index("r0"), self.index("r1"), 1) as row:
+                self._row(row, lambda: self._step(code.number(0, "i8"), mask))
+            for s in self.down:
+                code.store(code.load(self.held[s], "f8", lanes), self._of_columns(s), mask)
+        else:
+            self._wide(kernel)
+        everything = [self.held[s] for s, over in enumerate(self.overs) if over == "all"]
+        for n, place in enumerate(everything):
+            code.store(code.total(code.load(place, "f8", lanes)), code.at(self.partial, 8 * n))
 
-            # every load before any store: an output may be an input's own memory
-            values = cpu_math.evaluate(code, roots, functools.cache(inputs), lanes)
-            for x, pointer in zip(values, there, strict=False):
-                code.store(x, code.at(pointer, j * (1 if x.kind == "b1" else size_of(x.kind))), mask)
-            for s, x in enumerate(values[len(outputs) :]):
-                x = x.to("f8")
+    def _of_columns(self, s: int, kind: str = "f8") -> str:
+        """Return where a sum over rows is in partials; as float32, where it is made."""
+        n = self.down.index(s) if kind == "f8" else len(self.down) + self.singles.index(s)
+        return self.code.at(self.partial, 8 * self.overs.count("all"), self.columns * (8 * n))
+
+    def _clear(self, *overs: str) -> None:
+        for s, place in self.held.items():
+            if self.overs[s] in overs:
+                self.code.store(self.code.number(0, "f8", self.lanes), place)
+
+    def _wide(self, kernel: Loop) -> None:
+        code, lanes = self.code, self.lanes
+        r0, r1, c0, c1 = (self.index(n) for n in ("r0", "r1", "c0", "c1"))
+        rows, stop = r1 - r0, c1
+        if {"row", "column"}.isdisjoint(self.layouts) and {"rows", "columns"}.isdisjoint(self.overs):
+            dense = (c1 - c0).eq(self.columns)
+            for k, (_, stride) in self.arrays.items():
+                dense = dense & stride.eq(self.columns * size_of(self.kinds[k]))
+            for (_, stride), e in zip(self.outputs, kernel.outputs, strict=True):
+                dense = dense & stride.eq(self.columns * e.dtype.itemsize)
+            stop = code.select(dense, rows * self.columns, c1)
+            rows = code.select(dense, 1, rows)
+        whole = c0 + ((stop - c0) & -lanes)
+        mask = code.mask(stop - whole, lanes)
+
+        def along(step: Callable[[Vector, Vector | None], None]) -> None:
+            with code.loop(c0, whole, lanes) as j:
+                step(j, None)
+            with code.when(whole < stop):
+                step(whole, mask)
+
+        def fold(j: Vector, mask: Vector | None) -> None:
+            for s in self.singles:
+                part, place = code.at(self._of_columns(s, "f4"), j * 4), code.at(self._of_columns(s), j * 8)
+                x = code.load(part, "f4", lanes, mask).to("f8")
+                code.store(code.number(0, "f4", lanes), part, mask)
+                code.store(code.load(place, "f8", lanes, mask) + x, place, mask)
+
+        if not self.singles:
+            with code.loop(r0, r0 + rows, 1) as row:
+                self._row(row, lambda: along(self._step))
+            return
+        with code.loop(r0, r1, FOLD_ROWS) as start:
+            left = r1 - start
+            with code.loop(start, start + code.select(left < FOLD_ROWS, left, FOLD_ROWS), 1) as row:
+                self._row(row, lambda: along(self._step))
+            along(fold)
+
+    def _row(self, row: Vector, work: Callable[[], None]) -> None:
+        """Write the work on one row."""
+        code = self.code
+        self.here = {
+            k: code.at(pointer, row * stride) if self.layouts[k] == "full" else pointer
+            for k, (pointer, stride) in self.arrays.items()
+        }
+        self.there = [code.at(pointer, row * stride) for pointer, stride in self.outputs]
+        for k, layout in enumerate(self.layouts):
+            if layout == "column":
+                pointer, stride = self.arrays[k]
+                self.fixed[k] = code.load(code.at(pointer, row * stride), self.kinds[k]).splat(self.lanes)
+        self._clear("columns")
+        work()
+        across = [self.held[s] for s, over in enumerate(self.overs) if over == "columns"]
+        for n, place in enumerate(across):
+            total = code.total(code.load(place, "f8", self.lanes))
+            code.store(total, code.at(self.per_row, self.per_row_stride * n, row * 8))
+
+    def _step(self, j: Vector, mask: Vector | None) -> None:
+        """Write the work on the columns from j on, as many as lanes, of them those in the mask."""
+        code, lanes = self.code, self.lanes
+
+        def inputs(k: int) -> Vector:
+            if k in self.fixed:
+                return self.fixed[k]
+            return code.load(code.at(self.here[k], j * size_of(self.kinds[k])), self.kinds[k], lanes, mask)
+
+        # every load before any store: an output may be an input's own memory
+        values = cpu_math.evaluate(code, self.roots, functools.cache(inputs), lanes)
+        for x, pointer in zip(values, self.there, strict=False):
+            code.store(x, code.at(pointer, j * size_of(x.kind)), mask)
+        for s, x in enumerate(values[len(self.there) :]):
+            single = s in self.singles and s not in self.held
+            x = x.to("f4" if single else "f8")
+            if s in self.held:
                 if mask is not None:
                     x = code.select(mask, x, 0)
-                if s in down:
-                    place = code.at(partial, 8 * len(everything), columns * (8 * down.index(s)), j * 8)
-                    code.store(code.load(place, "f8", lanes, mask) + x, place, mask)
-                else:
-                    place = everything[s] if s in everything else across[s]
-                    code.store(code.load(place, "f8", lanes) + x, place)
-
-        with code.loop(c0, whole, lanes) as j:
-            columns_from(j, None)
-        with code.when(whole < stop):
-            columns_from(whole, code.mask(stop - whole, lanes))
-        for n, place in enumerate(across.values()):
-            total = code.total(code.load(place, "f8", lanes))
-            code.store(total, code.at(per_row, per_row_stride * n, row * 8))
-    for n, place in enumerate(everything.values()):
-        code.store(code.total(code.load(place, "f8", lanes)), code.at(partial, 8 * n))
-    return w.text(name)
+                code.store(code.load(self.held[s], "f8", lanes) + x, self.held[s])
+            else:
+                place = code.at(self._of_columns(s, x.kind), j * size_of(x.kind))
+                code.store(code.load(place, x.kind, lanes, mask) + x, place, mask)
 
 
 # ---------------------------------------------------------------------------------------------------------- RowPass
