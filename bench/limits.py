@@ -62,7 +62,7 @@ def limits(setting: Setting) -> dict[str, Any]:
         runs[f"gemm {side}, float32"] = lambda: matmul(a, b)
         work[f"gemm {side}, float32"] = ("GFLOPs", 2 * side**3 / 1e9)
         runs["calls, a loop in Python"] = python_loop
-        found = sample(runs, 1.0 if setting.quick else 4.0, setting.where)
+        found = sample(runs, min(4.0, 5 * setting.seconds), setting.where)
     for name, (unit, amount) in work.items():
         found[name][unit] = amount / found[name]["min_s"]
     return found

@@ -22,7 +22,7 @@ from gpugrad.cli.files import UsageError, check_outputs, say, write, write_json
 from gpugrad.cli.fit import device_name, device_of
 from gpugrad.errors import DataError
 
-QUICK_SECONDS = 50.0  # after which --quick begins no further row; it is to take less than a minute
+QUICK_SECONDS = 47.0  # after which --quick begins no further row; it is to take less than a minute
 AGAIN = 2  # how often a row that looks slower than before is measured again
 
 
