@@ -14,8 +14,13 @@ from gpugrad.compile.cpu_ir import ELEMENTS, Code, Unsupported, Vector, kind_of,
 from gpugrad.compile.kernels import Loop, RowPass
 from gpugrad.compile.scalar import Expr, in_order
 
-TILE_ROWS = 64
-TILE_BYTES = 16 << 10  # of data rows: half of a first-level cache
+# Rows of a RowPass at a time: so few that they are still in the first-level cache when they are added up. Rows that are
+# too long for that are read from the second level again, and are best many. All found by measurement.
+TILE_ROWS = 32
+FEWEST_ROWS = 8
+TILE_BYTES = 8 << 10
+WIDE_TILE_BYTES = 128 << 10
+FEW_BLOCKS = 2  # registers that a row fills, up to which the products of several rows are made together
 MOST_COLUMNS = 1 << 14  # of a matrix; beyond, tiles leave the second-level cache and products are BLAS's work
 MOST_PRODUCTS = 16
 FOLD_ROWS = 64  # whose float32 sums are then added to the float64 ones
@@ -295,8 +300,10 @@ def row_pass_text(kernel: RowPass, name: str, register: int) -> Text:
     lanes = 2 * register // max(4, _widest(roots))
     row_bytes = sum(m.columns * size_of(m.kind) for m in matrices)
     tile = TILE_ROWS
-    while tile > lanes and tile * row_bytes > TILE_BYTES:
+    fitting = TILE_BYTES if FEWEST_ROWS * row_bytes <= TILE_BYTES else WIDE_TILE_BYTES
+    while tile > FEWEST_ROWS and tile * row_bytes > fitting:
         tile //= 2
+    lanes = min(lanes, tile)
 
     z = [code.allocate(matrices[m].kind, tile) for m in kernel.products]
     # a factor wider than its matrix makes the sum as wide
@@ -391,46 +398,49 @@ def _blocks(m: _Matrix, lanes: int) -> list[tuple[int, Vector | None]]:
 
 
 def _products(w: _Writer, m: _Matrix, start: str, n: Vector, weights: Sequence[str], rooms: Sequence[str]) -> None:
-    """Write z[p][k] = row k of the tile . weight p, several rows at once for as many sums in flight."""
+    """Write z[p][k] = row k of the tile . weight p; memory is read in its order, which the processor foresees best."""
     code, lanes, size = w.code, m.lanes(w.register), size_of(m.kind)
     blocks = _blocks(m, lanes)
-    at_once = lanes if len(blocks) <= 8 else 4
+    at_once = lanes if len(blocks) <= FEW_BLOCKS else 1  # rows whose sums are made of lanes together
     while at_once > 1 and at_once * len(weights) > 16:
         at_once //= 2
+    chains = max(1, 4 // len(weights))  # of additions that do not wait for each other
+    even = m.columns // (chains * lanes) if len(blocks) > FEW_BLOCKS else 0
+
+    def add(sums: list[Vector | None], pointer: str, offset: Vector | int, mask: Vector | None) -> list[Vector | None]:
+        """Return the sums of every weight with a register's worth of columns added."""
+        x = code.load(code.at(pointer, offset), m.kind, lanes, mask)
+        ws = [code.load(code.at(p, offset), m.kind, lanes, mask) for p in weights]
+        return [
+            x * weight if before is None else code.fma(x, weight, before)
+            for before, weight in zip(sums, ws, strict=True)
+        ]
+
+    def row(pointer: str) -> list[Vector]:
+        """Return the product of a row with every weight, in lanes still to be added up."""
+        sums: list[Vector | None] = [None] * len(weights)
+        if even:
+            places = [[code.allocate(m.kind, lanes) for _ in weights] for _ in range(chains)]
+            for place in (place for chain in places for place in chain):
+                code.store(code.number(0, m.kind, lanes), place)
+            step = chains * lanes * size
+            with code.loop(0, code.number(even * step, "i8"), step) as offset:
+                for c, chain in enumerate(places):
+                    before: list[Vector | None] = [code.load(place, m.kind, lanes) for place in chain]
+                    for x, place in zip(add(before, pointer, offset + c * lanes * size, None), chain, strict=True):
+                        code.store(x, place) if x is not None else None
+            sums = [
+                functools.reduce(Vector.__add__, (code.load(chain[p], m.kind, lanes) for chain in places))
+                for p in range(len(weights))
+            ]
+        for c, mask in blocks[even * chains :]:
+            sums = add(sums, pointer, c * size, mask)
+        return [x for x in sums if x is not None]
 
     def rows(k: Vector, count: int) -> None:
-        pointers = [code.at(start, (k + r) * m.stride) for r in range(count)]
-        if len(blocks) <= 4:
-            sums: list[Vector | None] = [None] * (count * len(weights))
-            for c, mask in blocks:
-                ws = [code.load(code.at(p, c * size), m.kind, lanes, mask) for p in weights]
-                for r, pointer in enumerate(pointers):
-                    x = code.load(code.at(pointer, c * size), m.kind, lanes, mask)
-                    for p, weight in enumerate(ws):
-                        before = sums[p * count + r]
-                        sums[p * count + r] = x * weight if before is None else code.fma(x, weight, before)
-            totals = [s for s in sums if s is not None]
-        else:
-            places = [code.allocate(m.kind, lanes) for _ in range(count * len(weights))]
-            for place in places:
-                code.store(code.number(0, m.kind, lanes), place)
-
-            def add(offset: Vector, mask: Vector | None) -> None:
-                ws = [code.load(code.at(p, offset), m.kind, lanes, mask) for p in weights]
-                for r, pointer in enumerate(pointers):
-                    x = code.load(code.at(pointer, offset), m.kind, lanes, mask)
-                    for p, weight in enumerate(ws):
-                        place = places[p * count + r]
-                        code.store(code.fma(x, weight, code.load(place, m.kind, lanes)), place)
-
-            whole = m.columns // lanes * lanes
-            with code.loop(0, code.number(whole * size, "i8"), lanes * size) as offset:
-                add(offset, None)
-            if whole < m.columns:
-                add(code.number(whole * size, "i8"), blocks[-1][1])
-            totals = [code.load(place, m.kind, lanes) for place in places]
+        products = [row(code.at(start, (k + r) * m.stride)) for r in range(count)]
         for p, room in enumerate(rooms):
-            code.store(_totals(code, totals[p * count : (p + 1) * count]), code.at(room, k * size))
+            code.store(_totals(code, [sums[p] for sums in products]), code.at(room, k * size))
 
     done = n.like(0)
     if at_once > 1:
