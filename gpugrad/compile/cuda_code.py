@@ -52,9 +52,10 @@ BLOCK = kernels.BLOCK
 BLOCKS = 2048
 ROWS_A_BLOCK = 128  # of a RowPass at least
 ROWS_A_THREAD = 16  # of a Loop at least, where each block leaves a sum a column
-# Of a RowPass: 4-byte registers that hold rows, so many that enough loads are under way; that hold rows, weights and
-# sums in all, more than which would spill; bytes of shared memory that a block has without asking.
-HELD, REGISTERS, SHARED = 32, 112, 48 * 1024
+# Of a RowPass, at the most: 4-byte registers that hold rows (with 8 warps of them, as many bytes are under way as
+# 4.8 TB/s and 700 ns need, and again as many); those that hold a row, weights and gradients, where more would spill;
+# loads under way, each of which has an address; rows of a set; bytes of shared memory that a block has without asking.
+HELD, REGISTERS, LOADS, SET, SHARED = 32, 112, 16, 8, 48 * 1024
 
 OPTIONS = ("-std=c++17",)
 SOURCES = ("row_pass.cuh", "loop.cuh", "totals.cu")  # of cuda_kernels/, what kernels here are made of
@@ -264,12 +265,16 @@ def _result(array: Array, columns: int, what: str) -> Array:
 
 
 class RowForm(NamedTuple):
-    """How rows lie in a warp (row_pass.cuh): elements of a pack of each matrix, lanes of a row, rows of a set, sets."""
+    """How rows lie in a warp (row_pass.cuh): elements of a pack of each matrix, lanes of a row, rows of a set, sets.
+
+    blocks: how many of them a multiprocessor must have registers for; the compiler takes what that leaves.
+    """
 
     packs: tuple[int, ...]
     group: int
     set: int
     sets: int
+    blocks: int
 
     @property
     def rows_a_block(self) -> int:
@@ -307,13 +312,14 @@ def row_form(kernel: RowPass, wide: Sequence[bool]) -> RowForm | None:
     slots = sum(each[m] for m, _ in kernel.back)
     if row + vectors + slots * words > REGISTERS or (slots + len(kernel.sums)) * ROW_THREADS * 8 > SHARED:
         return None
-    rows = group
-    while rows > 1 and rows * row > HELD:
+    loads = sum(e // pack for e, pack in zip(each, packs, strict=True))
+    most = max(min(HELD // row, LOADS // loads), 1)  # rows that a lane holds at a time
+    rows = min(group, SET)
+    while rows > most:
         rows //= 2
-    sets = min(4, max(HELD // (rows * row), 1)) if rows == group else 1
-    while sets & (sets - 1):
-        sets -= 1
-    return RowForm(tuple(packs), group, rows, sets)
+    sets = min(4, most // rows)
+    blocks = 3 if row + vectors + slots * words <= REGISTERS // 2 else 2
+    return RowForm(tuple(packs), group, rows, sets, blocks)
 
 
 def row_pass_text(kernel: RowPass, form: RowForm) -> str:
@@ -367,7 +373,7 @@ def row_pass_text(kernel: RowPass, form: RowForm) -> str:
     for k, d in enumerate(scalars):
         members.append(f"{register(d)} s{k};")
         parameters.append(f"const {CUDA[d]}* s{k}_at, {CUDA[d]} s{k}")
-        setting.append(f"work.s{k} = {register(d)}(s{k}_at ? *s{k}_at : s{k});")
+        setting.append(f"work.s{k} = s{k}_at ? {register(d)}(*s{k}_at) : {register(d)}(s{k});")
     for k, d in enumerate(out_dtypes):
         pointer(CUDA[d], f"o{k}", "")
     totals = []
@@ -416,7 +422,7 @@ struct Work {{
 {_block(totals, 2)}  }}
 }};
 
-extern "C" __global__ void __launch_bounds__(gpugrad::rows::THREADS) row_pass(
+extern "C" __global__ void __launch_bounds__(gpugrad::rows::THREADS, {form.blocks}) row_pass(
     double* partial, long long rows{"".join(f", {p}" for p in parameters)}) {{
   Work work;
 {_block(setting, 1)}  gpugrad::rows::row_pass(work, partial, rows);
@@ -581,7 +587,7 @@ def loop_text(kernel: Loop, pack: int) -> str:
         if layout == "scalar":
             members.append(f"{register(dtype)} s{k};")
             parameters.append(f"const {kind}* i{k}, {kind} i{k}_value")
-            setting.append(f"given.s{k} = {register(dtype)}(i{k} ? *i{k} : i{k}_value);")
+            setting.append(f"given.s{k} = i{k} ? {register(dtype)}(*i{k}) : {register(dtype)}(i{k}_value);")
             continue
         members += [f"const {kind}* i{k}_at;", f"long long i{k}_step;"]
         parameters.append(f"const {kind}* i{k}, long long i{k}_step")
