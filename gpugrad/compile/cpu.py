@@ -86,7 +86,8 @@ class Instance:
         self.static: dict[Value, Array] = {}
         for value in inputs:
             self._slot(value)
-        self.fresh = [(self._slot(v), v.shape, v.dtype) for v in self.plan.fresh]
+        self.fresh = [(v, self._slot(v), v.shape, v.dtype) for v in self.plan.fresh]
+        self.first = {v: k for k, v in reversed(list(enumerate(outputs)))}
         self.actions: list[Action] = []
         for step, gone in zip(steps, self.plan.dies, strict=True):
             action = self._kernel(step) if isinstance(step, Kernel) else self._call(step)
@@ -98,15 +99,26 @@ class Instance:
         self.results = [(self._getter(v), copied) for v, copied in zip(outputs, self.plan.copied, strict=True)]
         self.count = len(self.slots)
 
-    def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Run on arrays of the inputs' shapes and dtypes; the results are the caller's."""
+    def run(self, arrays: Sequence[Array], into: Sequence[Array] = ()) -> list[Array]:
+        """Run on arrays of the inputs' shapes and dtypes; the results are the caller's.
+
+        into: arrays for the first results, of their shapes and dtypes.
+        """
         env: Env = [None] * self.count
         env[: len(arrays)] = arrays
-        for slot, shape, dtype in self.fresh:
-            env[slot] = self.memory.take(shape, dtype)
+        for value, slot, shape, dtype in self.fresh:
+            k = self.first.get(value, len(into))
+            env[slot] = into[k] if k < len(into) else self.memory.take(shape, dtype)
         for action in self.actions:
             action(env)
-        return [get(env).copy() if copied else get(env) for get, copied in self.results]
+        results = [get(env) for get, _ in self.results]
+        for k, (_, copied) in enumerate(self.results):
+            if k < len(into):
+                if results[k] is not into[k]:
+                    into[k][...] = results[k]
+            elif copied:
+                results[k] = results[k].copy()
+        return results
 
     # ------------------------------------------------------------------------------------------------ binding
 

@@ -4,7 +4,6 @@ Rows are dealt out in stripes whose number does not depend on the threads; a str
 and stripes are added in order, so that the result does not depend on which thread did what.
 """
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -181,11 +180,9 @@ class RowProgram:
                     fixed = self._of(end - start)
                     instance = fixed.instance(self.small)
                     try:
-                        out = instance.run([*(a[start:end] for a in data), *crossing])
+                        out = instance.run([*(a[start:end] for a in data), *crossing], [r[start:end] for r in results])
                     finally:
                         fixed.idle.append(instance)
-                    for into, part in zip(results, out, strict=False):
-                        into[start:end] = part
                     for total, part in zip(totals, out[len(results) :], strict=True):
                         total += part
             return totals
@@ -211,13 +208,7 @@ def _compiled(plan_: PassPlan) -> Callable[..., Any] | None:
     return cpu_code.row_pass(plan_.kernel) if has_compiler() else None
 
 
-def worth_splitting(program: Program) -> int | None:
-    """Return the number of rows of a program that is large enough for blocks: the first axis of its largest argument."""
-    if not program.inputs:
-        return None
-    largest = max(program.inputs, key=lambda v: v.nbytes)
-    if largest.ndim == 0 or largest.shape[0] < 4096:
-        return None
-    rows = largest.shape[0]
-    made = sum(v.nbytes for eq in program.equations for v in eq.outputs)
-    return rows if made > OPERAND_BYTES and math.prod(largest.shape) >= 1 << 16 else None
+def rows_of(program: Program) -> int | None:
+    """Return the number of rows of a program over much data: the first axis of its largest argument, if it is one."""
+    largest = max(program.inputs, key=lambda v: v.nbytes, default=None)
+    return largest.shape[0] if largest is not None and largest.ndim and largest.shape[0] >= 1024 else None

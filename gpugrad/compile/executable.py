@@ -10,8 +10,9 @@ import numpy
 from gpugrad import backend
 from gpugrad.backend import Device
 from gpugrad.compile.cpu import Instance, Outputs
-from gpugrad.compile.cpu_rows import RowProgram, worth_splitting
+from gpugrad.compile.cpu_rows import OPERAND_BYTES, RowProgram, rows_of
 from gpugrad.compile.fuse import Fuser
+from gpugrad.compile.plan import plan
 from gpugrad.compile.program import Equation, Program
 from gpugrad.compile.rows import NotByRows, split
 from gpugrad.compile.text import describe
@@ -48,6 +49,7 @@ class _Whole:
         self.memory = Outputs()
         self.idle: list[Instance] = []
         self.lock = threading.Lock()
+        self.kept = sum(plan(self.steps, program.inputs, program.outputs).buffers)  # bytes from step to step
         # below this, what threads gain a product they lose in meeting
         self.alone = sum(_flops(eq) for eq in program.equations) < SMALL_FLOPS
 
@@ -97,10 +99,12 @@ class _Checked:
 
 def executable(program: Program, device: Device) -> Executable:
     """Return a program ready to run on a device."""
-    rows = worth_splitting(program)
-    if rows is not None:
+    whole = _Whole(program)
+    rows = rows_of(program)
+    # one loop over everything is by blocks already; what leaves the cache between steps is not
+    if rows is not None and whole.kept > OPERAND_BYTES:
         try:
             return _Checked(_ByRows(RowProgram(split(program, rows))), program)
         except NotByRows:
             pass
-    return _Checked(_Whole(program), program)
+    return _Checked(whole, program)

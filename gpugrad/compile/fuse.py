@@ -88,7 +88,7 @@ class _Group:
 
 
 class Fuser:
-    """Turns a program into steps. `steps` in order; `outputs` the values to return, all of which exist."""
+    """Turns a program into `steps`, in order, after which all its outputs exist."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -97,12 +97,14 @@ class Fuser:
         self.leaves: list[Value] = []
         self.slots: dict[Value, Expr] = {}
         self.ready: set[Value] = set(program.inputs)
+        self.views: dict[tuple[Value, tuple[int, ...]], Value] = {}
         self.pending: dict[Value, _Group] = {}
         self.open: list[_Group] = []
         for eq in program.equations:
             self._add(eq)
-        for value in program.outputs:
-            self._demand(value)
+        for value in program.outputs:  # results over the same elements are one loop
+            if value not in self.ready and value not in self.pending and not isinstance(value, Constant):
+                self._join(value.shape, (value, self.expr[value]))
         while self.open:
             self._close(self.open[0])
 
@@ -146,20 +148,25 @@ class Fuser:
     def _reshaped(self, eq: Equation) -> Expr | None:
         """Push a reshape down to what an expression is made of; None where an element would change its neighbours."""
         (x,), (out,) = eq.inputs, eq.outputs
-        e = self.of(x)
+        return self._carried(self.of(x), x.shape, out.shape)
+
+    def _carried(self, e: Expr, before: tuple[int, ...], after: tuple[int, ...]) -> Expr | None:
         inputs = [i for i in in_order([e]) if i.fn == "input"]
         views: dict[int, Expr] = {}
         steps: list[View] = []
         for i in inputs:
             leaf = self.leaves[i.value]
-            shape = _carried(leaf.shape, x.shape, out.shape)
+            shape = _carried(leaf.shape, before, after)
             if shape is None:
                 return None
             if shape == leaf.shape:
                 continue
-            view = equation("reshape", (leaf,), shape, leaf.dtype, shape=shape)
-            steps.append(View(view))
-            views[i.value] = self._leaf(view.outputs[0])
+            view = self.views.get((leaf, shape))
+            if view is None:
+                step = View(equation("reshape", (leaf,), shape, leaf.dtype, shape=shape))
+                view = self.views[leaf, shape] = step.outputs[0]
+                steps.append(step)
+            views[i.value] = self._leaf(view)
         for step in steps:
             self._demand(step.inputs[0])
             self.steps.append(step)
@@ -188,10 +195,9 @@ class Fuser:
         (x,), (out,) = eq.inputs, eq.outputs
         if x.dtype.kind != "f" or not x.ndim:
             return False
-        e = self.of(x)
         axes = axes_of(eq.params["axis"], x.ndim)
-        total = _Sum(out, e, tuple(i in axes for i in range(x.ndim)))
-        if _collapsed(x.shape, self._shapes([e]), [total.reduced]) is None:
+        total = _Sum(out, self.of(x), tuple(i in axes for i in range(x.ndim)))
+        if _collapsed(x.shape, self._shapes([total.expr]), [total.reduced]) is None:
             return False
         self._join(x.shape, total)
         return True
@@ -210,6 +216,7 @@ class Fuser:
 
     def _join(self, shape: tuple[int, ...], root: "_Sum | tuple[Value, Expr]") -> _Group:
         """Put a result into an open loop over the same elements, or into a new one."""
+        shape, root = self._squeezed(shape, root)
         value, e = (root.value, root.expr) if isinstance(root, _Sum) else root
         for i in in_order([e]):
             if i.fn == "input":
@@ -229,6 +236,15 @@ class Fuser:
         self.pending[value] = group
         self.expr[value] = self._leaf(value)
         return group
+
+    def _squeezed(self, shape: tuple[int, ...], root: "_Sum | tuple[Value, Expr]") -> Any:
+        """Write work over (rows, 1) elements as work over (rows,), so that it can join a loop over those."""
+        short = tuple(n for n in shape if n != 1)
+        e = self._carried(root.expr if isinstance(root, _Sum) else root[1], shape, short)
+        assert e is not None  # axes of length 1 can always be left out
+        if isinstance(root, _Sum):
+            return short, _Sum(root.value, e, tuple(r for r, n in zip(root.reduced, shape, strict=True) if n != 1))
+        return short, (root[0], e)
 
     def _fits(self, group: _Group, root: "_Sum | tuple[Value, Expr]") -> bool:
         sums = [*group.sums, *([root] if isinstance(root, _Sum) else [])]
@@ -298,11 +314,19 @@ def _carried(leaf: tuple[int, ...], before: tuple[int, ...], after: tuple[int, .
         return ()
     padded = (1,) * (len(before) - len(leaf)) + leaf
     if padded == before:
-        return after
-    if [n for n in before if n != 1] != [n for n in after if n != 1]:
+        carried = after
+    elif [n for n in before if n != 1] == [n for n in after if n != 1]:
+        lengths = iter(p for p, n in zip(padded, before, strict=True) if n != 1)
+        carried = tuple(1 if n == 1 else next(lengths) for n in after)
+    else:
         return None
-    lengths = iter(p for p, n in zip(padded, before, strict=True) if n != 1)
-    return tuple(1 if n == 1 else next(lengths) for n in after)
+    return leaf if _without_leading(carried) == _without_leading(leaf) else carried
+
+
+def _without_leading(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without axes of length 1 in front, which broadcasting adds by itself."""
+    first = next((k for k, n in enumerate(shape) if n != 1), len(shape))
+    return shape[first:]
 
 
 def _collapsed(
