@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gpugrad.compile.cpu_ir import Unsupported
 from gpugrad.compile.cpu_kernels import Text
 
 LONG = 2.0  # seconds of compiling after which the user is told
@@ -110,8 +111,8 @@ def register() -> int:
 def _versions() -> str:
     numba, llvmlite = (importlib.import_module(name).__version__ for name in ("numba", "llvmlite"))
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
-        sources.update(path.read_bytes())
+    for module in ("build", "ir", "kernels", "math"):
+        sources.update(Path(__file__).with_name(f"cpu_{module}.py").read_bytes())
     return repr((sources.hexdigest(), numba, llvmlite, sys.version_info[:2], processor()))
 
 
@@ -205,7 +206,7 @@ _built: dict[Any, Callable[..., Any]] = {}
 
 
 def _build(key: Any, write: Callable[[str], Text]) -> Callable[..., Any]:
-    name = "kernel_" + hashlib.sha256((repr(key) + _versions()).encode()).hexdigest()[:32]
+    name = "gpugrad_kernel_" + hashlib.sha256((repr(key) + _versions()).encode()).hexdigest()[:32]
     folder = _folder()
     began = time.perf_counter()
     module = None
@@ -214,59 +215,59 @@ def _build(key: Any, write: Callable[[str], Text]) -> Callable[..., Any]:
             try:
                 module = _cached(folder, name, write)
                 break
+            except Unsupported:
+                raise
             except Exception:  # whatever a damaged or vanished file leads to: the cache is not needed
                 _forget(folder, name)
     if module is None:
-        module = types.ModuleType(name)
-        exec(compile(_source(write(name), name, cache=False), f"<{name}>", "exec"), module.__dict__)
-    kernel = module.kernel
+        module = _module(_source(write(name), name, cache=False), name, f"<{name}>")
+    kernel = module["kernel"]
     with compiling():
-        if not sum(kernel.stats.cache_hits.values()):
+        if not kernel.stats.cache_hits:
             _batch.kernels += 1
             _batch.seconds += time.perf_counter() - began
     (overload,) = kernel.overloads.values()
-    return _Entry(overload.entry_point, kernel).call
+    _kernels[overload.entry_point] = kernel
+    entry: Callable[..., Any] = overload.entry_point  # without numba's dispatch on types
+    return entry
 
 
-class _Entry:
-    """Machine code, and what keeps it alive."""
-
-    def __init__(self, call: Callable[..., Any], kernel: Any) -> None:
-        self.call, self.kernel = call, kernel
-        _alive[call] = self
+_kernels: dict[Callable[..., Any], Any] = {}  # of entry points, whose machine code they keep alive
 
 
-_alive: dict[Any, _Entry] = {}
-
-
-def machine_code(call: Callable[..., Any]) -> str:
+def machine_code(entry: Callable[..., Any]) -> str:
     """Return the assembly of what `build` returned, as far as numba still has it: not from the cache."""
-    (text,) = _alive[call].kernel.inspect_asm().values()
+    (text,) = _kernels[entry].inspect_asm().values()
     return str(text)
 
 
-def _cached(folder: Path, name: str, write: Callable[[str], Text]) -> types.ModuleType:
+def _module(source: str, name: str, filename: str) -> dict[str, Any]:
+    """Run a module's source; return its names."""
+    module = types.ModuleType(name)
+    module.__file__ = filename
+    sys.modules[name] = module  # numba looks it up there, by the name that is in its file
+    exec(compile(source, filename, "exec"), module.__dict__)
+    return module.__dict__
+
+
+def _cached(folder: Path, name: str, write: Callable[[str], Text]) -> dict[str, Any]:
     path = folder / f"{name}.py"
     sums = folder / f"{name}.json"
     if not _intact(folder, name, sums):
         _forget(folder, name)
         _write(path, _source(write(name), name, cache=True))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not sum(module.kernel.stats.cache_hits.values()):
+    module = _module(path.read_text(encoding="utf-8"), name, str(path))
+    if not module["kernel"].stats.cache_hits:
         _write(sums, json.dumps(_checksums(folder, name)))
     return module
 
 
 def _files(folder: Path, name: str) -> list[Path]:
-    """Return what numba and Python keep beside a module, and the module."""
+    """Return a kernel's module and what numba keeps beside it."""
     places = [folder, folder / "__pycache__"]
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         places += Path(given).glob("*")
-    return sorted(p for place in places for p in place.glob(f"{name}.*") if p.suffix in (".py", ".pyc", ".nbi", ".nbc"))
+    return sorted(p for place in places for p in place.glob(f"{name}.*") if p.suffix in (".py", ".nbi", ".nbc"))
 
 
 def _checksums(folder: Path, name: str) -> dict[str, str]:
