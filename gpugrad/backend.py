@@ -365,6 +365,15 @@ def follow(event: Any) -> None:
     cupy().cuda.get_current_stream().wait_event(event)
 
 
+def stream_key() -> tuple[int, int]:
+    """Return what tells the current stream of the current GPU from others that are there at the same time."""
+    stream = int(cupy().cuda.get_current_stream().ptr)
+    return stream, threading.get_ident() if stream == _PER_THREAD else 0
+
+
+_PER_THREAD = 2  # CUDA's handle for the default stream of a thread, the same in every thread
+
+
 def empty_pinned(shape: tuple[int, ...], dtype: Any) -> numpy.ndarray[Any, Any]:
     """Return host memory that a GPU copies from by itself, while the host goes on."""
     cupy()  # for its error

@@ -9,6 +9,7 @@ import numpy
 
 from gpugrad import backend
 from gpugrad.backend import Device
+from gpugrad.compile import cuda_rows
 from gpugrad.compile.cpu import Instance, Outputs
 from gpugrad.compile.cpu_rows import OPERAND_BYTES, RowProgram, rows_of
 from gpugrad.compile.fuse import Fuser
@@ -17,7 +18,6 @@ from gpugrad.compile.program import Equation, Program
 from gpugrad.compile.rows import NotByRows, split
 from gpugrad.compile.text import describe
 from gpugrad.threads import single_threaded_blas
-
 
 SMALL_FLOPS = 2e8  # of all products of a program: a few milliseconds
 
@@ -99,6 +99,8 @@ class _Checked:
 
 def executable(program: Program, device: Device) -> Executable:
     """Return a program ready to run on a device."""
+    if device.kind == "cuda":
+        return cuda_rows.compiled(program, device)
     whole = _Whole(program)
     rows = rows_of(program)
     # one loop over everything is by blocks already; what leaves the cache between steps is not

@@ -12,7 +12,7 @@ import numpy
 import optree
 
 from gpugrad.backend import Device
-from gpugrad.compile.capture import ARRAY, TENSOR, capture
+from gpugrad.compile.capture import ARRAY, FLOAT, TENSOR, capture
 from gpugrad.compile.program import Constant, Program, Value, simplified
 from gpugrad.compile.rows import Split, split
 from gpugrad.errors import CaptureError, NotDifferentiable, ShapeMismatch
@@ -48,17 +48,25 @@ def total(losses: Any) -> Any:
 
 
 def loss_program(
-    loss: Callable[..., Any], want: Want, params: Sequence[Value], structure: Any, data: Sequence[Value], device: Device
+    loss: Callable[..., Any],
+    want: Want,
+    params: Sequence[Value],
+    structure: Any,
+    data: Sequence[Value],
+    device: Device,
+    *,
+    scaled: bool = False,
 ) -> Split:
     """Return the program of the sum of a loss over rows, split; outputs in float64.
 
     want: "value" -> the sum; "gradient" -> the sum and the cotangent of each parameter; "product" -> the Hessian times a
     vector, which comes as more inputs like the parameters. data: as arrays are, of any number of rows. Raises
-    CaptureError or `rows.NotByRows`, or what the loss raises.
+    CaptureError or `rows.NotByRows`, or what the loss raises. scaled: one more input, a number that all losses are
+    multiplied by.
     """
     taken = {n for v in params for n in v.shape} | {n for v in data for n in v.shape[1:]}
     first, second = [n for n in _LENGTHS if not any(m % n == 0 and m for m in taken)][:2]
-    one, other = (_captured(loss, want, params, structure, data, n, device) for n in (first, second))
+    one, other = (_captured(loss, want, params, structure, data, n, device, scaled) for n in (first, second))
     _compare(one, other, first, second)
     return split(one, first, wide=True)
 
@@ -71,14 +79,19 @@ def _captured(
     data: Sequence[Value],
     rows: int,
     device: Device,
+    scaled: bool,
 ) -> Program:
+    scale: Any = 1.0
+
     def checked(p: Any, *block: Any) -> Any:
         losses = loss(p, *block)
         if type(losses) is not Tensor or losses.shape != (rows,):
             raise ShapeMismatch("the loss does not return one number a row")  # the caller says it better
         if losses.dtype.kind != "f":
             raise NotDifferentiable("the loss is no floating-point number")
-        return losses
+        if scaled and losses.dtype == numpy.float16:
+            raise CaptureError("its losses are float16, in which a share of the mean is lost; return float32")
+        return losses * scale if scaled else losses
 
     def whole(p: Any, block: Any, v: Any) -> Any:
         if want == "value":
@@ -97,11 +110,16 @@ def _captured(
     count = len(leaves)
 
     def flat(*tensors: Any) -> Any:
+        nonlocal scale
+        if scaled:
+            *tensors, scale = tensors  # type: ignore[assignment]
         p = optree.tree_unflatten(structure, list(tensors[:count]))
         v = optree.tree_unflatten(structure, list(tensors[count + len(block) :])) if along else None
         return whole(p, tensors[count : count + len(block)], v)
 
     given = [*leaves, *block, *along]
+    if scaled:
+        given.append((Value((), "float64", weak=True), FLOAT))
     _, outer = optree.tree_flatten((tuple(range(len(given))), {}))
     name = getattr(loss, "__name__", "loss")
     return simplified(capture(flat, given, outer, device, name).program)
