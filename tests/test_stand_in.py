@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 from cuda_proof import arrays, below, machine, originals
-from cuda_proof.stand_in import Race, install, signature_of
+from cuda_proof.stand_in import Freed, Race, install, signature_of
 from devices import problem
 from numpy.testing import assert_array_equal
 
@@ -378,6 +378,93 @@ def test_bytes_are_counted(cupy):
     assert (count.bytes_to_device, count.bytes_to_host) == (0, 4040)
 
 
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+DOUBLED = r"""extern "C" __global__ void doubled(const float* x, float* y, int n, float by) {
+  if (threadIdx.x < n) y[threadIdx.x] = by * x[threadIdx.x];
+}"""
+
+
+def capture(cupy, *work):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        assert stream.is_capturing()
+        try:
+            for step in work:
+                step()
+        finally:
+            graph = stream.end_capture()
+    assert not stream.is_capturing()
+    return graph
+
+
+def test_a_graph_runs_when_it_is_launched(cupy):
+    """Kernels of all kinds in their order, on what the memory holds then; one launch."""
+    x, y, z, total = (cupy.zeros(4, dtype="float32") for _ in range(4))
+    raw = cupy.RawKernel(DOUBLED, "doubled")
+    more = cupy.ElementwiseKernel("float32 x", "float32 y", "y = x + 1", "one_more")
+    by = np.float32(2)
+    graph = capture(
+        cupy,
+        lambda: raw((1,), (32,), (x, y, np.int32(4), by)),
+        lambda: more(y, z),
+        lambda: cupy.multiply(z, z, out=total),
+        lambda: y.fill(7),
+        lambda: x.__setitem__(slice(0, 2), y[:2]),
+    )
+    assert total.get().tolist() == [0] * 4  # nothing has run
+    x[...] = cupy.asarray(np.arange(4, dtype=np.float32))
+    with cupy.counting() as count:
+        graph.launch()
+    assert (count.launches, count.syncs) == (1, 0)
+    assert total.get().tolist() == [1, 9, 25, 49]
+    assert (y.get().tolist(), x.get().tolist()) == ([7] * 4, [7, 7, 2, 3])
+    stream = cupy.cuda.Stream()
+    stream.wait_event(cupy.cuda.get_current_stream().record())
+    graph.launch(stream)
+    stream.synchronize()
+    assert total.get().tolist() == [225, 225, 25, 49]
+
+
+def test_what_a_capture_refuses(cupy, x):
+    square, out = cupy.ones((3, 3)), cupy.empty((3, 3))
+    with pytest.raises(NotImplementedError, match="calling cuBLAS API during stream capture is currently unsupported"):
+        capture(cupy, lambda: cupy.matmul(square, square, out=out))
+    with pytest.raises(NotImplementedError, match="cuSOLVER"):
+        capture(cupy, lambda: sys.modules["cupyx.lapack"].gesv(square, out))
+    with pytest.raises(real.cuda.runtime.CUDARuntimeError, match="cudaErrorStreamCaptureUnsupported"):
+        capture(cupy, lambda: cupy.cuda.get_current_stream().synchronize())
+    with pytest.raises(real.cuda.runtime.CUDARuntimeError, match="cudaErrorStreamCaptureUnsupported"):
+        capture(cupy, lambda: cupy.cuda.Device().synchronize())
+    for work in (x.get, lambda: x + x, lambda: float(x[0]), lambda: cupy.asarray(np.ones(3))):
+        with pytest.raises(NotImplementedError, match="captures"):
+            capture(cupy, work)
+    with pytest.raises(RuntimeError, match="default"):
+        cupy.cuda.Stream.null.begin_capture()
+    with pytest.raises(NotImplementedError, match="stream capture"):
+        cupy.cuda.Graph()
+    assert (x + x).get().tolist() == [0, 2, 4]  # all is as before
+
+
+def test_a_graph_keeps_no_memory_alive(cupy):
+    arrays = [cupy.ones(3), cupy.empty(3)]
+    graph = capture(cupy, lambda: cupy.exp(arrays[0], out=arrays[1]))
+    graph.launch()
+    arrays.pop()
+    with pytest.raises(Freed):
+        graph.launch()
+
+
+def test_a_graph_is_in_the_order_of_its_stream(cupy):
+    x, y = cupy.ones(3), cupy.empty(3)
+    graph = capture(cupy, lambda: cupy.exp(x, out=y))
+    other = cupy.cuda.Stream(non_blocking=True)
+    graph.launch(other)
+    with pytest.raises(Race):
+        x.fill(2)
+
+
 # --- true to CuPy ---------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +493,7 @@ def test_every_public_name_is_there(cupy):
         (arrays.ndarray, real.ndarray),
         (machine.Stream, real.cuda.Stream),
         (machine.Event, real.cuda.Event),
+        (machine.Graph, real.cuda.Graph),
         (machine.Device, real.cuda.Device),
         (machine.MemoryPool, real.cuda.MemoryPool),
         (arrays.ufunc, real.ufunc),

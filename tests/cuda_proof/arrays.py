@@ -16,10 +16,12 @@ from cuda_proof.machine import (
     Device,
     Foreign,
     Pointer,
+    captured,
     get_current_stream,
     here,
     junk,
     launch,
+    library,
     on_this_device,
     to_device,
     to_host,
@@ -335,9 +337,11 @@ class ndarray:
             value = value.item()
         elif not isinstance(value, ndarray):
             _scalar(value)
-        launch([value] if isinstance(value, ndarray) else [], [self], count=bool(self.size))
-        with numpy.errstate(all="ignore"):
-            self._a[...] = _plain(value)
+        reads, plain = [value] if isinstance(value, ndarray) else [], _plain(value)
+        if captured(reads, [self], functools.partial(_fill, self._a, plain)):
+            return
+        launch(reads, [self], count=bool(self.size))
+        _fill(self._a, plain)
 
     # --- indexing
 
@@ -366,9 +370,10 @@ class ndarray:
             if not isinstance(value, ndarray):
                 target.fill(value)  # refuses host arrays
                 return
-            launch([value], [self], count=bool(target.size))
-            with numpy.errstate(all="ignore"):
-                target._a[...] = _unit_dims_off(value._a, target.ndim)
+            values = _unit_dims_off(value._a, target.ndim)
+            if not captured([value], [self], functools.partial(_fill, target._a, values)):
+                launch([value], [self], count=bool(target.size))
+                _fill(target._a, values)
             return
         value = value if isinstance(value, ndarray) else here.cupy.array(value, dtype=self.dtype)
         launch([value, *arrays], [self], count=1 + _count_masks(arrays))
@@ -698,6 +703,11 @@ def operand(value):
     return value
 
 
+def _fill(values, value):
+    with numpy.errstate(all="ignore"):
+        values[...] = value
+
+
 def read_one():
     """A number is read back within a CuPy function: one element's copy, and a wait."""
     here.machine.bytes_to_host += 8
@@ -824,6 +834,7 @@ def matrix_product(function, x, y, out=None):
     for array in (x, y):
         if not isinstance(operand(array), ndarray):
             raise TypeError(f"Unsupported type {type(array)}")
+    library("cuBLAS")
     launch([x, y])
     dtype = numpy.result_type(x.dtype, y.dtype)
     with numpy.errstate(all="ignore"):
@@ -906,6 +917,10 @@ class ufunc:
         if where is not None or self._compute is None:
             raise NotImplementedError(f"the stand-in does not compute {self.name}")
         arrays = [a for a in inputs if type(a) is ndarray]
+        if len(given) == self.nout:
+            work = functools.partial(self._run, [_plain(a) for a in inputs], types_in, [o._a for o in given], types_out)
+            if captured(arrays, given, work):
+                return given[0] if self.nout == 1 else tuple(given)
         launch(arrays, given, count=0)
         with numpy.errstate(all="ignore"):
             results = self._compute(*map(_cast, inputs, types_in))
@@ -931,6 +946,13 @@ class ufunc:
                 target._a[...] = values
                 made.append(target)
         return made[0] if self.nout == 1 else tuple(made)
+
+    def _run(self, inputs, types_in, outputs, types_out):
+        """Compute, from memory to memory: what a graph does."""
+        with numpy.errstate(all="ignore"):
+            results = self._compute(*map(_cast, inputs, types_in))
+            for out, values, dtype in zip(outputs, results if self.nout > 1 else (results,), types_out, strict=True):
+                out[...] = _cast(values, dtype)
 
     def _types_for(self, inputs, dtype):
         """Return the types to compute in and those of the results, as CuPy chooses them. Raises TypeError."""
@@ -1002,10 +1024,17 @@ class ElementwiseKernel:
             if not isinstance(value, ndarray):
                 _scalar(value)
         outputs = [a for a in args[nin:] if isinstance(a, ndarray)]
-        with contextlib.nullcontext() if stream is None else stream:
-            launch([a for a in arrays if not any(a is o for o in outputs)], outputs)
+        reads, plain = [a for a in arrays if not any(a is o for o in outputs)], [_plain(a) for a in args]
+
+        def work():
             with originals.as_it_was():
-                results = emulator.run_elementwise(self._kernel, [_plain(a) for a in args], kwargs)
+                return emulator.run_elementwise(self._kernel, plain, kwargs)
+
+        with contextlib.nullcontext() if stream is None else stream:
+            if outputs and captured(reads, outputs, work):
+                return outputs[0] if len(outputs) == 1 else tuple(outputs)
+            launch(reads, outputs)
+            results = work()
         if outputs:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         made = [owned(r) for r in results]
@@ -1031,18 +1060,25 @@ class RawKernel:
             # a structured number by value
             if not known and not (isinstance(value, HOST) and not value.ndim):
                 raise TypeError(f"Unsupported type {type(value)}")
+        # structures are copied when a kernel is launched, or captured
+        plain = [a.copy() if isinstance(a, HOST) else _plain(a) for a in args]
+
+        def work():
+            with originals.as_it_was():
+                emulator.run_raw(
+                    self.code,
+                    self.name,
+                    tuple(grid),
+                    tuple(block),
+                    plain,
+                    shared_mem=shared_mem,
+                    options=self.options,
+                )
+
         # which are written is the kernel's secret
-        launch((), arrays)
-        with originals.as_it_was():
-            emulator.run_raw(
-                self.code,
-                self.name,
-                tuple(grid),
-                tuple(block),
-                [_plain(a) for a in args],
-                shared_mem=shared_mem,
-                options=self.options,
-            )
+        if not captured((), arrays, work):
+            launch((), arrays)
+            work()
 
 
 class RawModule:

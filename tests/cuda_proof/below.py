@@ -22,7 +22,7 @@ from cuda_proof.arrays import (
     read_one,
     scan,
 )
-from cuda_proof.machine import HOST, here, launch, to_device, wait
+from cuda_proof.machine import HOST, here, launch, library, to_device, wait
 
 
 def _array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, blocking=False):
@@ -148,6 +148,7 @@ class Generator:
         self._rng = numpy.random.default_rng(seed)
 
     def _draw(self, values, dtype):
+        library("cuRAND")
         launch()
         return owned(numpy.asarray(values, dtype))
 
@@ -169,6 +170,7 @@ class Generator:
 
 
 def _lapack(function, *arrays):
+    library("cuSOLVER")
     launch(arrays)
     checked = sys.modules["cupyx"].geterr()["linalg"] == "raise"
     if checked:
@@ -340,6 +342,7 @@ def overrides():
         "Device": machine.Device,
         "Stream": machine.Stream,
         "Event": machine.Event,
+        "Graph": machine.Graph,
         "MemoryPool": machine.MemoryPool,
         "MemoryPointer": machine.Pointer,
         "is_available": lambda: True,
@@ -371,6 +374,7 @@ def _scan_core(a, axis, op, dtype=None, out=None):
 
 
 def _tensordot_core(a, b, out, n, m, k, ret_shape):
+    library("cuBLAS")
     launch([a, b])
     dtype = numpy.result_type(a.dtype, b.dtype)
     wide = numpy.float32 if dtype == numpy.float16 else dtype

@@ -16,6 +16,10 @@ HOST = numpy.ndarray
 UNIT = 512  # the pool hands out memory in steps of this
 
 
+class Freed(AssertionError):
+    """A graph touches memory that was given back after its capture: CUDA would use what is there now."""
+
+
 class Race(AssertionError):
     """Two streams use the same memory, one of them to write, with nothing that orders them."""
 
@@ -156,6 +160,7 @@ class Queue:
         self.key, self.kind, self.device = key, kind, device
         self.pending, self.issued, self.done = [], 0, 0
         self.clock = {}
+        self.capture = None  # the graph that operations go into, while there is one
 
     def begin(self):
         """Take the order in which the next operation stands: after the host's waits, and the legacy stream's rule."""
@@ -204,6 +209,8 @@ def _join(clock, other):
 
 def wait(queue, upto=None, clock=None):
     """Let the host wait for a stream, or for an event in it."""
+    if queue.capture is not None:
+        raise originals.real("cupy.cuda").runtime.CUDARuntimeError(900)  # not permitted when stream is capturing
     here.machine.syncs += 1
     queue.flush(upto)
     _join(here.machine.host, queue.clock if clock is None else clock)
@@ -259,6 +266,22 @@ class Stream:
     def __hash__(self):
         return self.ptr
 
+    def begin_capture(self, mode=None):
+        if self._own is None:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self._own.capture is not None:
+            raise originals.real("cupy.cuda").runtime.CUDARuntimeError(1)  # invalid argument
+        self._own.capture = Graph._captured()
+
+    def end_capture(self):
+        if self._own is None or self._own.capture is None:
+            raise originals.real("cupy.cuda").runtime.CUDARuntimeError(1)
+        graph, self._own.capture = self._own.capture, None
+        return graph
+
+    def is_capturing(self):
+        return self._queue.capture is not None
+
     @property
     def done(self):
         return self._queue.done == self._queue.issued
@@ -293,6 +316,53 @@ Stream.null.__dict__.update(device_id=-1, _own=None, ptr=0)
 def get_current_stream(device_id=-1):
     stack = getattr(here.machine.local, "streams", {}).get(here.machine.device if device_id == -1 else device_id)
     return stack[-1] if stack else Stream.null
+
+
+class Graph:
+    """cupy.cuda.Graph: kernels with the arguments they were captured with, which do not keep memory alive."""
+
+    def __init__(self, *args, **kwargs):
+        raise NotImplementedError(
+            "currently this class cannot be initiated by the user and must be created via stream capture"
+        )
+
+    @classmethod
+    def _captured(cls):
+        self = object.__new__(cls)
+        self._device, self._kernels = here.machine.device, []
+        return self
+
+    def launch(self, stream=None):
+        machine, before = here.machine, here.machine.launches
+        with contextlib.nullcontext() if stream is None else stream:
+            if get_current_stream()._queue.capture is not None:
+                raise NotImplementedError("the stand-in captures no graph within a graph")
+            for reads, writes, work in self._kernels:
+                blocks = [[block() for block in some] for some in (reads, writes)]
+                if None in blocks[0] or None in blocks[1]:
+                    raise Freed("a graph is launched on memory that was freed after its capture")
+                touch(*blocks)
+                work()
+        machine.launches = before + 1
+
+    def upload(self, stream=None):
+        pass
+
+
+def captured(reads, writes, work):
+    """Put a kernel into the graph that the current stream captures, and tell whether it does: then it is not run."""
+    graph = get_current_stream()._queue.capture
+    if graph is None:
+        return False
+    on_this_device(*reads, *writes)
+    graph._kernels.append((*([weakref.ref(a._block) for a in some] for some in (reads, writes)), work))
+    return True
+
+
+def library(name):
+    """A library of NVIDIA's is called, which CuPy does not allow during a capture."""
+    if get_current_stream()._queue.capture is not None:
+        raise NotImplementedError(f"calling {name} API during stream capture is currently unsupported")
 
 
 class Event:
@@ -344,6 +414,8 @@ def launch(reads=(), writes=(), *, count=1):
 
 
 def touch(reads, writes, count=1):
+    if get_current_stream()._queue.capture is not None:
+        raise NotImplementedError("the stand-in captures kernels of gpugrad's, ufuncs with `out`, fill and copies only")
     here.machine.launches += count
     if here.machine.ordering:
         queue = get_current_stream()._queue
@@ -391,9 +463,15 @@ def zeros_pinned(shape, dtype=float, order="C"):
     return array
 
 
+def _no_capture(queue):
+    if queue.capture is not None:
+        raise NotImplementedError("the stand-in captures no copies from or to the host")
+
+
 def to_device(target, source, stream):
     """Copy from the host: pinned memory is read when the stream gets there, other memory at once."""
     queue = stream._queue
+    _no_capture(queue)
     here.machine.bytes_to_device += source.nbytes
     if here.machine.ordering or is_pinned(source):
         queue.begin()
@@ -407,6 +485,7 @@ def to_device(target, source, stream):
 def to_host(target, source, stream, blocking):
     """Copy to the host, into pinned memory when the stream gets there; `blocking` waits for that."""
     queue = stream._queue
+    _no_capture(queue)
     here.machine.bytes_to_host += source.nbytes
     if here.machine.ordering or (not blocking and is_pinned(target)):
         queue.begin()
@@ -478,6 +557,8 @@ class Device:
 
 
 def device_synchronize():
+    if any(queue.capture is not None for queue in here.machine.queues):
+        raise originals.real("cupy.cuda").runtime.CUDARuntimeError(900)
     here.machine.syncs += 1
     for queue in [q for q in here.machine.queues if q.device == here.machine.device]:
         queue.flush()

@@ -18,8 +18,9 @@ is counted.
 
 Streams are simulated in two ways. Copies from and to pinned memory happen as late as CUDA allows: when something
 that is ordered after them runs. And every stream has a vector clock: a kernel or copy that touches memory which
-another stream uses, with no event or wait between the two, raises `Race`. Not simulated: the reuse of freed memory
-by another stream, graphs, peer access between devices.
+another stream uses, with no event or wait between the two, raises `Race`. A stream that captures a graph keeps kernels
+for `launch` and runs none; a graph on memory that is gone raises `Freed`; libraries and waits are refused meanwhile.
+Not simulated: the reuse of freed memory by another stream, peer access between devices.
 
 Numbers are NumPy's; what a GPU makes of them in the last digits only a GPU can tell.
 """
@@ -36,6 +37,7 @@ import array_api_compat
 from cuda_proof import originals
 from cuda_proof.arrays import ElementwiseKernel, RawKernel, RawModule, ndarray, ufunc
 from cuda_proof.below import broadcast, overrides
+from cuda_proof.machine import Freed as Freed
 from cuda_proof.machine import Machine, here
 from cuda_proof.machine import Race as Race
 
