@@ -171,10 +171,10 @@ def _megabytes(found: dict[str, Any] | None) -> str:
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
-    for place, name, why in faults(report["rows"], ("failed", "wrong", "left out")):
+    for place, name, why in faults(report["rows"], ("failed", "wrong", "inaccurate", "left out")):
         reasons.setdefault(f"{name} {why}", []).append(place)
     if reasons:
-        yield "<h2>Without figures</h2>\n<ul>"
+        yield "<h2>Wrong, inaccurate or without figures</h2>\n<ul>"
         for why, places in reasons.items():
             where = "; ".join(places) if len(places) < 4 else f"{len(places)} rows"
             yield f"<li>{escape(why)} <span class='soft'>({escape(where)})</span></li>"

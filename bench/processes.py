@@ -89,7 +89,14 @@ def weighed(work: Work, setting: Setting) -> Work:
     if setting.where.kind != "cpu":
         left_out |= dict.fromkeys(build, "measured on the CPU only")
     return dataclasses.replace(
-        work, suite="memory", build=build, measure=measure, targets=targets, bound="memory", left_out=left_out
+        work,
+        suite="memory",
+        build=build,
+        measure=measure,
+        targets=targets,
+        bound="memory",
+        left_out=left_out,
+        alone=True,
     )
 
 
@@ -105,7 +112,7 @@ def on_threads(work: Work, threads: int) -> Work:
         return {**row, "implementations": asked["implementations"], "references": asked["references"]}
 
     name = f"{work.name}, {threads} thread{'s' * (threads > 1)}"
-    return dataclasses.replace(work, name=name, measure=measure, curve=("threads", threads), targets=())
+    return dataclasses.replace(work, name=name, measure=measure, curve=("threads", threads), targets=(), alone=True)
 
 
 def first_calls(work: Work) -> list[Work]:
@@ -116,7 +123,7 @@ def first_calls(work: Work) -> list[Work]:
     def calls(asked: Work, name: str, setting: Setting) -> dict[bool, list[float] | str]:
         found: dict[bool, list[float] | str] = {False: [], True: []}
         with tempfile.TemporaryDirectory() as folder:
-            for attempt in range(1 if setting.quick or name != MINE else 3):
+            for attempt in range(1 if setting.quick or name != MINE else 4):
                 caches = {variable: f"{folder}/{attempt}/{variable}" for variable in CACHES}
                 caches["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
                 for warm in (False, True):
@@ -129,9 +136,10 @@ def first_calls(work: Work) -> list[Work]:
 
     def measure(warm: bool) -> Callable[[Work, Setting], dict[str, Any]]:
         def measured(asked: Work, name: str, setting: Setting) -> dict[str, Any]:
-            if name not in taken:
+            # both kinds come from one measurement: the row of the second takes what the row of the first left
+            if not warm or name not in taken:
                 taken[name] = calls(asked, name, setting)
-            times = taken[name][warm]
+            times = taken.pop(name)[warm] if warm else taken[name][warm]
             return {"failed": times} if isinstance(times, str) else summary(times)
 
         return lambda asked, setting: _row(asked, setting, lambda name: measured(asked, name, setting))
@@ -145,6 +153,7 @@ def first_calls(work: Work) -> list[Work]:
             bound="calls",
             targets=(),
             measure=measure(warm),
+            alone=True,
         )
         for warm, what in ((False, "nothing compiled yet"), (True, "compiled by an earlier process"))
     ]

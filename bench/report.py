@@ -197,5 +197,5 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         reasons[name, why] = reasons.get((name, why), 0) + 1
     for (name, why), count in reasons.items():
         lines.append(f"{why.partition(': ')[0]}: {name} in {count} row{'s' * (count > 1)}: {why.partition(': ')[2]}")
-    lines += [f"{row}: {name}: {why}" for row, name, why in faults(rows)]
+    lines += [f"{row}: {name}: {why}" for row, name, why in faults(rows, ("inaccurate", "failed", "wrong"))]
     return lines

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from .functions import overhead, step, swish
-from .measure import MINE, Setting, Work
+from .measure import MINE, Setting, Work, in_turns
 from .ops import ops
 from .processes import first_calls, on_threads, weighed
 from .sums import glm, linear, linreg, mlps
@@ -46,7 +47,12 @@ def scaling(setting: Setting) -> list[Work]:
 
 
 def _scaled(setting: Setting, rows: int, columns: int, axis: str, at: float) -> Work:
-    work = linear(setting, "scaling", "least squares", rows, columns, curve=(axis, at))
+    """A point on a curve, with half of the time of other rows."""
+
+    def measure(work: Work, setting: Setting) -> dict[str, Any]:
+        return in_turns(work, dataclasses.replace(setting, seconds=setting.seconds / 2))
+
+    work = linear(setting, "scaling", "least squares", rows, columns, curve=(axis, at), measure=measure)
     return dataclasses.replace(
         work, name=f"by {axis}: {work.name}", build={name: work.build[name] for name in COMPILED}
     )

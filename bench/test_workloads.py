@@ -19,12 +19,7 @@ from .suites import SUITES
 # the peers' own warnings are theirs
 pytestmark = pytest.mark.filterwarnings("default")
 SETTING = Setting(quick=os.environ.get("GPUGRAD_BENCH_QUICK") == "1", threads=available_cores())
-ROWS = {
-    f"{suite}: {work.name}": work
-    for suite, make in SUITES.items()
-    for work in make(SETTING)
-    if work.measure is None or suite == "ops"
-}
+ROWS = {f"{suite}: {work.name}": work for suite, make in SUITES.items() for work in make(SETTING) if not work.alone}
 
 
 @functools.lru_cache(maxsize=1)  # the data of one row at a time

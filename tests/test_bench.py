@@ -171,8 +171,10 @@ def test_a_wrong_value_is_reported_and_not_timed():
 
     work = planted(
         gpugrad=clock.takes("gpugrad", 1.0), numpy=lambda: [1.001], torch=fails, autograd=lambda: [np.ones(2)],
-        sklearn=lambda: [1.0, 2.0],
+        sklearn=lambda: [1.0, 2.0], **{"torch.compile": clock.takes("inaccurate", 2.0)},
     )  # fmt: skip
+    exact = work.verify(None)
+    work.verify = lambda _data: lambda name, got: exact(name, [1.000005] if name == "torch.compile" else got)
     work.build["jax.jit"] = work.build["cupy"] = lambda _data: pytest.fail("must not be built")
     work.left_out["cupy"] = "no time"
     row = measure.in_turns(work, measure.Setting(peers={"jax.jit": "jax is not installed"}, seconds=5.0), clock)
@@ -184,7 +186,10 @@ def test_a_wrong_value_is_reported_and_not_timed():
     assert "2 results" in found["sklearn"]["wrong"]
     assert found["jax.jit"] == {"missing": "jax is not installed"}
     assert found["cupy"] == {"left out": "no time"}
-    assert set(clock.turns) == {"gpugrad"}
+    assert found["torch.compile"]["min_s"] == 2.0
+    assert "off by 5e-06" in found["torch.compile"]["inaccurate"]
+    assert "off by" in exact("gpugrad", [1.000005])
+    assert set(clock.turns) == {"gpugrad", "inaccurate"}
     text = "\n".join([*report.row_text(row, {}), *report.summary([row])])
     for said in ("missing: jax is not installed", "left out: no time", "wrong: result 0", "failed: RuntimeError"):
         assert said in text
@@ -536,9 +541,8 @@ def test_quick_takes_less_than_a_minute(tmp_path):
     command = ["bench", "--quick", "--device", "cpu", "--json", str(names[0]), "--html", str(names[1])]
     began = time.perf_counter()
     code = f"import sys; from gpugrad.cli import main; sys.exit(main({command!r}))"
-    root = str(Path(bench.gg.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     took = time.perf_counter() - began
     assert done.returncode == 0, done.stderr[-2000:]
@@ -547,5 +551,6 @@ def test_quick_takes_less_than_a_minute(tmp_path):
     assert not list(report.faults(content["rows"]))
     check_page(names[1].read_text(encoding="utf-8"), content)
     scroll, inner, _, small = in_browser(tmp_path, names[1].read_text(encoding="utf-8"), 390)
-    assert (scroll, small) == (inner, 0)
+    assert scroll <= inner == 390
+    assert small == 0
     assert took < 60

@@ -245,7 +245,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench.add_argument("--threads", type=_integer(1), metavar="N", help="cores for everything (default: all)")
     bench.add_argument("--no-numba", action="store_true", help="as if numba were not installed")
     bench.add_argument("--quick", action="store_true", help="small sizes, in less than a minute")
-    bench.add_argument("--seconds", type=_rate, metavar="S", help="for the samples of one row (default 8, quick 0.15)")
+    bench.add_argument("--seconds", type=_rate, metavar="S", help="for the samples of one row (default 5, quick 0.15)")
     bench.add_argument("--json", metavar="FILE", help="write everything measured as JSON; - is stdout")
     bench.add_argument("--html", metavar="FILE", help="write one self-contained page with tables and plots")
     bench.add_argument("--compare", metavar="OLD.json", help="tell what is faster or slower than in a report of --json")

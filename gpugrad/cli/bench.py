@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     reasons = {
         name: peers.missing(name, where) if name in wanted else "not asked for by --peers" for name in peers.PEERS
     }
-    seconds = arguments.seconds or (0.15 if arguments.quick else 8.0)
+    seconds = arguments.seconds or (0.15 if arguments.quick else 5.0)
     setting = measure.Setting(where, arguments.quick, threads, reasons, seconds, not arguments.no_numba)
     found = _Found(report.SCHEMA, setting, part("limits"), arguments)
     say(f"gpugrad {gg.__version__} bench on {device_name(where)}")
@@ -109,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     if old:
         say(*part("verdicts").changes(old, found.content), *part("verdicts").text(verdicts, arguments.compare))
     found.content |= {"complete": True, "compared": verdicts}
+    if "torch" in sys.modules:
+        found.content["machine"]["torch_threads"] = sys.modules["torch"].get_num_threads()
     found.save(time.perf_counter() - began)
     say(f"{len(rows)} rows in {found.content['seconds']:.0f} s")
     mine = [fault for fault in report.faults(rows) if fault[1].startswith(measure.MINE)]
@@ -184,7 +186,7 @@ def _compared(found: _Found, old: dict[str, Any], works: list[Any], setting: Any
         say(f"{len(slower)} row{'s look' if len(slower) > 1 else ' looks'} slower than before: measured again")
         for i, work in enumerate(works):
             if (work.suite, work.name) in slower:
-                rows[i] = measure.pooled(rows[i], measure.measure(work, setting))
+                rows[i] = measure.pooled(work, rows[i], setting)
     if not judged:
         raise DataError("--compare: no row is in both reports; compare runs of the same suites and sizes")
     return judged
