@@ -45,7 +45,8 @@ _batch = _Batch()
 def announce(kernels: int, seconds: float) -> None:
     """Tell the user why it took so long; replace it to tell otherwise."""
     kept = "cached for next time" if _folder() is not None else "kept for this process"
-    print(f"gpugrad: compiled {kernels} kernels, {kept} ({seconds:.1f} s)", file=sys.stderr)
+    noun = "kernel" if kernels == 1 else "kernels"
+    print(f"gpugrad: compiled {kernels} {noun}, {kept} ({seconds:.1f} s)", file=sys.stderr)
 
 
 @contextmanager
