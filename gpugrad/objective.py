@@ -25,6 +25,7 @@ from gpugrad import backend
 from gpugrad import threads as _workers
 from gpugrad.compile.cpu import has_compiler
 from gpugrad.compile.cpu_rows import RowProgram
+from gpugrad.compile.cuda_rows import DeviceLoss
 from gpugrad.compile.fingerprint import fingerprint
 from gpugrad.compile.losses import Want, directional, loss_program
 from gpugrad.compile.program import Value
@@ -165,7 +166,8 @@ class Objective:
         # evaluated on another stream, the data has to be there first
         self._ready = backend.mark(self.device) if self.device.kind == "cuda" else None
         self._programs: dict[Any, Any] = {}  # captured losses, by parameters and what the loss depends on
-        self._capturing = self.device.kind == "cpu" and _bytes(self.data) >= CAPTURE_BYTES and has_compiler()
+        worth_it = _bytes(self.data) >= CAPTURE_BYTES and has_compiler()
+        self._capturing = worth_it or self.device.kind == "cuda"  # a GPU gains by launches, however small the data
         self._told: set[str] = set()
         self._picked: Any = None  # row numbers, of a mini-batch too large to be gathered at once
 
@@ -212,6 +214,8 @@ class Objective:
         with backend.activate(self.device), numpy.errstate(all="ignore"):
             if isinstance(found, RowProgram):
                 products = [part / self._divisor for part in self._totals(found, [*arrays, *self.data, *directions])]
+            elif isinstance(found, DeviceLoss):
+                products = self._captured_on_cuda(found, arrays, structure, directions)
             else:
                 products = self._product_by_blocks(arrays, directions, structure)
                 self._tell(found)
@@ -324,6 +328,8 @@ class Objective:
         with backend.activate(self.device):
             if isinstance(found, RowProgram):
                 total, grads = self._replayed(found, arrays)
+            elif isinstance(found, DeviceLoss):
+                total, *grads = self._captured_on_cuda(found, arrays, structure)
             else:
                 sums = self._on_cuda if self.device.kind == "cuda" else self._on_cpu
                 total, grads, bad = sums(self._block_rows(arrays, structure), arrays, structure, gradients)
@@ -343,22 +349,22 @@ class Objective:
         results = [self._like(acc, leaf, shared) for acc, leaf in zip(grads, given, strict=True)]
         return total, optree.tree_unflatten(structure, results)
 
-    def _program(self, want: Want, arrays: list[Any], structure: Any) -> RowProgram | str | None:
+    def _program(self, want: Want, arrays: list[Any], structure: Any) -> RowProgram | DeviceLoss | str | None:
         """Return the captured loss, why there is none, or None where capture is not for this Objective."""
         if not self._capturing or not {"raise", "call"}.isdisjoint(numpy.geterr().values()):
             return None  # who wants to hear of overflows hears of them from NumPy
         try:
             key = (want, structure, tuple((a.shape, a.dtype) for a in arrays), fingerprint(self.loss))
-            found: RowProgram | str | None = self._programs.get(key)
+            found: RowProgram | DeviceLoss | str | None = self._programs.get(key)
         except RecursionError:
             return None
         if found is None:
             try:
-                parts = loss_program(
+                made = DeviceLoss if self.device.kind == "cuda" else _on_rows
+                found = made(
                     self.loss, want, [Value(a.shape, a.dtype) for a in arrays], structure,
                     [Value(a.shape, a.dtype) for a in self.data], self.device,
                 )  # fmt: skip
-                found = RowProgram(parts)
             except Exception as error:  # whatever the loss does: it may well run eagerly
                 found = (str(error).splitlines() or [type(error).__name__])[0]
             while len(self._programs) >= PROGRAMS:
@@ -366,7 +372,7 @@ class Objective:
             self._programs[key] = found
         return found
 
-    def _tell(self, why: RowProgram | str | None) -> None:
+    def _tell(self, why: RowProgram | DeviceLoss | str | None) -> None:
         """Warn, once, that a loss runs operation by operation."""
         if isinstance(why, str) and not self._told:
             self._told.add(why)
@@ -522,6 +528,36 @@ class Objective:
                 acc /= self._divisor
         return total, grads, None
 
+    def _captured_on_cuda(
+        self, found: DeviceLoss, arrays: list[Any], structure: Any, more: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Return what a captured loss adds up over all rows, divided; on the caller's stream, nothing waited for."""
+        totals: list[Any] = []
+
+        def add(_start: int, block: Sequence[Any]) -> None:
+            nonlocal totals
+            rows = len(block[0])
+            given = [*arrays, *(part._data for part in block), *more]
+            parts = found.run(given, rows, 1 / self._divisor, whole=rows == self.rows)
+            if not totals:
+                totals = parts if rows == self.rows else [part.astype(numpy.float64, copy=False) for part in parts]
+                return
+            # Nothing below can run out of memory: a block counts whole or not at all.
+            for acc, part in zip(totals, parts, strict=True):
+                acc += part
+
+        self._over_blocks(self._captured_rows(found, arrays, structure), add)
+        return totals
+
+    def _captured_rows(self, found: DeviceLoss, arrays: list[Any], structure: Any) -> int:
+        """Return the rows a block of a captured loss: all of them, where one kernel keeps nothing of a row."""
+        if not found.one_pass or isinstance(self._block_size, int):
+            return self._block_rows(arrays, structure)
+        if self._streamed:
+            fitting = min(FEED_BYTES, backend.memory(self.device)[0] // 8) // self._row_bytes()
+            return max(1, min(int(fitting), self.rows))
+        return self.rows
+
     def _over_blocks(self, size: int, work: Callable[[int, Sequence[Any]], None]) -> None:
         """Call work(first row, block) for blocks of `size` rows, in order; of fewer where a GPU has no more room."""
         if not self._streamed:
@@ -563,6 +599,9 @@ class Objective:
                 done += count
                 self._room.tell()
                 continue
+            for program in self._programs.values():
+                if isinstance(program, DeviceLoss):
+                    program.release()
             self._room.halve(count, why)  # here, where the exception no longer holds the tape
 
     def _between(self, start: int, stop: int) -> Sequence[Any]:
@@ -736,6 +775,10 @@ class Objective:
             f"Objective: the loss is {value} at row {row} of the data (block {block}, row {within} in it), not "
             "finite; look at that row and the parameters"
         )
+
+
+def _on_rows(*loss: Any) -> RowProgram:
+    return RowProgram(loss_program(*loss))
 
 
 def _is_traced(node: Node | None) -> bool:

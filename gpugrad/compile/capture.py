@@ -129,7 +129,11 @@ class Capture:
         """Return a result of a transform as a value of the kind that was given to it."""
         data = value._data if type(value) is Tensor else value
         node = value._node if type(value) is Tensor else None
-        known = data.value if isinstance(data, Tracer) else self.constant(numpy.asarray(data))
+        known = (
+            data.value
+            if isinstance(data, Tracer)
+            else self.constant(data if backend.is_cuda_array(data) else numpy.asarray(data))
+        )
         if type(given) is Tensor:
             kind = given._data.kind if isinstance(given._data, Tracer) else TENSOR
             kind = kind if kind != SCALAR else ARRAY if given.ndim else SCALAR

@@ -305,12 +305,8 @@ class _LoopAction:
         self.outputs = [(owner.bound(v), owner.slot(v)) for v in (step.outputs[k] for k in outputs)]
         values = [step.sums[k] for k in sums]
         self.overs = [step.loop.sums[k][1] for k in sums]
-        # along columns a sum is stored in the dtype of its terms
         terms = [step.loop.sums[k][0].dtype for k in sums]
-        self.sums = [
-            (owner.total(v), owner.slot(v), None if over != "columns" or dtype == v.dtype else v.dtype, dtype)
-            for v, over, dtype in zip(values, self.overs, terms, strict=True)
-        ]
+        self.sums = [(owner.total(v), owner.slot(v), dtype) for v, dtype in zip(values, terms, strict=True)]
         self.templates: dict[Hashable, Template] = {}
 
     def __call__(self, env: Env) -> None:
@@ -338,10 +334,10 @@ class _LoopAction:
             outputs.append(array)
             at += 2
         sums, totals, number, casts = [], [], 0, []
-        for (array, slot, cast, dtype), over in zip(self.sums, self.overs, strict=True):
+        for (array, slot, terms), over in zip(self.sums, self.overs, strict=True):
             target = env[slot] if array is None else array
-            if cast is not None:
-                casts.append((target, target := owner.cupy.empty(target.shape, dtype=dtype)))
+            if over == "columns" and terms != target.dtype:  # stored in the dtype of its terms
+                casts.append((target, target := owner.cupy.empty(target.shape, dtype=terms)))
                 owner.copies += 1
             sums.append(target)
             if over == "columns":
@@ -487,7 +483,7 @@ class _Graphs:
 
 
 def _address(value: Any) -> Hashable:
-    return (value.data.ptr, value.strides) if backend.is_cuda_array(value) else (type(value), value)
+    return (value.data.ptr, value.shape, value.strides) if backend.is_cuda_array(value) else (type(value), value)
 
 
 # --------------------------------------------------------------------------------------------------------- executable

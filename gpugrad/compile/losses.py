@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy
 import optree
 
+from gpugrad import backend
 from gpugrad.backend import Device
 from gpugrad.compile.capture import ARRAY, FLOAT, TENSOR, capture
 from gpugrad.compile.program import Constant, Program, Value, simplified
@@ -135,7 +136,10 @@ def _compare(one: Program, other: Program, first: int, second: int) -> None:
         if isinstance(a, slice) and isinstance(b, slice):
             return all(x == y for x, y in zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True))
         if hasattr(a, "dtype") and hasattr(b, "dtype") and hasattr(a, "shape"):
-            return a.shape == b.shape and a.dtype == b.dtype and bool(numpy.all((a == b) | ((a != a) & (b != b))))
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return False
+            a, b = (backend.to_device(x, backend.CPU) for x in (a, b))
+            return bool(numpy.all((a == b) | ((a != a) & (b != b))))
         return bool(a == b) or (a != a and b != b)
 
     def shapes(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
