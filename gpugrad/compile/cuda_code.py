@@ -50,12 +50,13 @@ BLOCK = kernels.BLOCK
 # Blocks of a kernel with sums: enough for any device, few enough that what they leave is little beside the data. Not by
 # the device: the order of a sum would depend on it.
 BLOCKS = 2048
+BLOCKS_WITHOUT = 1 << 15  # where there is no sum: so many that none is left over long
 ROWS_A_BLOCK = 128  # of a RowPass at least
 ROWS_A_THREAD = 16  # of a Loop at least, where each block leaves a sum a column
 # Of a RowPass, at the most: 4-byte registers that hold rows (with 8 warps of them, as many bytes are under way as
 # 4.8 TB/s and 700 ns need, and again as many); those that hold a row, weights and gradients, where more would spill;
 # loads under way, each of which has an address; rows of a set; bytes of shared memory that a block has without asking.
-HELD, REGISTERS, LOADS, SET, SHARED = 32, 112, 16, 8, 48 * 1024
+HELD, REGISTERS, LOADS, SET, SHARED = 32, 96, 16, 8, 48 * 1024
 
 OPTIONS = ("-std=c++17",)
 SOURCES = ("row_pass.cuh", "loop.cuh", "totals.cu")  # of cuda_kernels/, what kernels here are made of
@@ -536,7 +537,8 @@ def row_pass(kernel: RowPass) -> RowPassCode | None:
 
     That is one without a matrix, with matrices of several dtypes or not of floating point numbers, with an operation
     on integers that expressions.cuh has not (their power, say), with a sum or product back that is not of floating
-    point numbers, or too wide: rows, weights and gradients of a lane take REGISTERS registers at the most.
+    point numbers, or too wide: rows, weights and gradients of a lane take REGISTERS registers at the most. With one
+    product and one gradient 1,024 columns of float32, or 512 of float64, are not too wide.
     """
     dtypes = {numpy.dtype(d) for d, _ in kernel.matrices}
     if len(dtypes) != 1 or not dtypes <= set(kernels.DTYPES) or any(n < 1 for _, n in kernel.matrices):
@@ -739,7 +741,8 @@ class LoopCode:
             across = min(packs, BLOCK)
             side = -(-packs // across)
             each = ROWS_A_THREAD if "rows" in self._overs else 1
-            grid = (side, max(1, min(-(-rows // (BLOCK // across * each)), max(1, BLOCKS // side))))
+            most = max(1, (BLOCKS if self._overs else BLOCKS_WITHOUT) // side)
+            grid = (side, max(1, min(-(-rows // (BLOCK // across * each)), most)))
             last = rest
         blocks = math.prod(grid)
         for array, over in zip(made, self._overs, strict=True):

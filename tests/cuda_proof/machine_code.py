@@ -29,7 +29,7 @@ _ENTRY = re.compile(
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\s+"
     r"ptxas info\s*: Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
 )
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;\n]*)", re.MULTILINE)
 
 
 class Text(NamedTuple):
@@ -42,7 +42,10 @@ class Text(NamedTuple):
 
 
 class MachineCode(NamedTuple):
-    """What became of one kernel for one architecture; sizes in bytes."""
+    """What became of one kernel for one architecture; sizes in bytes.
+
+    loop: instructions of the shortest loop that reads global memory, all its branches included; 0 if there is none.
+    """
 
     label: str
     architecture: int
@@ -51,6 +54,7 @@ class MachineCode(NamedTuple):
     spill_stores: int
     spill_loads: int
     shared: int
+    loop: int
     instructions: Counter
 
     def count(self, operation: str, *modifiers: str) -> int:
@@ -143,10 +147,12 @@ def compile_all(texts: Iterable[Text], architecture: int) -> dict[str, MachineCo
                 raise RuntimeError(f"ptxas told nothing about {name}: {log}")
             told[label], code[label] = properties[name], functions[name]
     found = {}
-    for label, instructions in _disassemble(code, architecture).items():
+    for label, listing in _disassemble(code, architecture).items():
         numbers = (int(told[label][key]) for key in ("registers", "stack", "stores", "loads"))
         shared = re.search(r"(\d+) bytes smem", told[label]["rest"])
-        found[label] = MachineCode(label, architecture, *numbers, int(shared[1]) if shared else 0, instructions)
+        instructions = Counter(operation for _, operation, _ in listing)
+        sizes = int(shared[1]) if shared else 0, _reading_loop(listing)
+        found[label] = MachineCode(label, architecture, *numbers, *sizes, instructions)
     return found
 
 
@@ -172,8 +178,11 @@ def _functions(cubin: bytes) -> dict[str, bytes]:
     return found
 
 
-def _disassemble(code: dict[str, bytes], architecture: int) -> dict[str, Counter]:
-    """Count the instructions of each function by their full names, as in LDG.E.128; predicated ones as others."""
+Listing = list[tuple[int, str, str]]  # address, operation, operands
+
+
+def _disassemble(code: dict[str, bytes], architecture: int) -> dict[str, Listing]:
+    """List the instructions of each function by their full names, as in LDG.E.128; predicated ones as others."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(code.values()))
         file.flush()
@@ -181,12 +190,22 @@ def _disassemble(code: dict[str, bytes], architecture: int) -> dict[str, Counter
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"nvdisasm failed: {run.stderr.strip()}")
-    lines = iter(_INSTRUCTION.findall(run.stdout))
-    address, operation = next(lines)
-    counts, end = {}, 0
+    lines = [(int(address, 16), operation, rest) for address, operation, rest in _INSTRUCTION.findall(run.stdout)]
+    listings, start, end = {}, 0, 0
     for label, machine in code.items():
-        counts[label], end = Counter(), end + len(machine)
-        while address is not None and int(address, 16) < end:
-            counts[label][operation] += 1
-            address, operation = next(lines, (None, None))
-    return counts
+        first, end = start, end + len(machine)
+        while start < len(lines) and lines[start][0] < end:
+            start += 1
+        listings[label] = lines[first:start]
+    return listings
+
+
+def _reading_loop(listing: Listing) -> int:
+    """Count the instructions between a branch back and its target, of the shortest that has a load between."""
+    loads = [address for address, operation, _ in listing if operation.startswith("LDG")]
+    lengths = []
+    for address, operation, rest in listing:
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if operation.startswith("BRA") else None
+        if target and any(int(target[1], 16) <= load < address for load in loads):
+            lengths.append(sum(int(target[1], 16) <= a <= address for a, _, _ in listing))
+    return min(lengths, default=0)
