@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -226,7 +227,9 @@ def _step(setting: Setting, rows: int, sizes: tuple[int, ...]) -> Work:
 def overhead(setting: Setting) -> list[Work]:
     """What a call costs: two scalars, a chain of ops, one op, one call of something compiled."""
     rng = np.random.default_rng(0)
-    x, c = rng.normal(size=8), rng.uniform(0.9, 1.1, size=8)
+    on_host = rng.normal(size=8), rng.uniform(0.9, 1.1, size=8)
+    x, c = (backend.to_device(a, setting.where) for a in on_host)
+    plain = "numpy" if setting.where.kind == "cpu" else "cupy"
 
     def f(x: Any, y: Any) -> Any:
         return x * y + (x + y) ** 2 * (x - y)
@@ -283,8 +286,7 @@ def overhead(setting: Setting) -> list[Work]:
         return Work("overhead", name, lambda: (x, c), build, lambda _data: near(expected, 1e-5), bound="calls", **more)
 
     tensors = gg.tensor(x, requires_grad=True), gg.tensor(c)
-    slope = [(c * 0.5) ** 16]
-    return [
+    rows = [
         row(
             "scalars, one gradient of xy + (x+y)^2 (x-y)",
             {
@@ -305,26 +307,27 @@ def overhead(setting: Setting) -> list[Work]:
                 "jax.jit": jax_on(chain, gradient=True),
                 "autograd": autograd_chain,
             },
-            slope,
+            [(on_host[1] * 0.5) ** 16],
             left_out={"torch.compile": "writes every use of a value out in full, and compiles for minutes"},
         ),
         row(
             "one op, recorded: multiply, 8 elements",
             {
                 "gpugrad": lambda _data: lambda: (tensors[0] * tensors[1],),
-                "numpy": made(np.multiply),
+                plain: made(operator.mul),
                 "torch": torch_on(lambda x, c: x * c, gradient=False),
             },
-            [x * c],
+            [on_host[0] * on_host[1]],
         ),
         row(
             "one call of a compiled function: x * c + 1, 8 elements",
             {
                 "gpugrad": made(gg.compile(lambda x, c: x * c + 1.0)),
-                "numpy": made(lambda x, c: x * c + 1.0),
+                plain: made(lambda x, c: x * c + 1.0),
                 "torch.compile": torch_on(lambda x, c: x * c + 1.0, gradient=False, compiled=True),
                 "jax.jit": jax_on(lambda x, c: x * c + 1.0, gradient=False),
             },
-            [x * c + 1.0],
+            [on_host[0] * on_host[1] + 1.0],
         ),
     ]
+    return rows if setting.where.kind == "cpu" else rows[1:]  # Python's own numbers are on no GPU

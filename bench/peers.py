@@ -46,6 +46,8 @@ def missing(peer: str, where: Device) -> str | None:
         return "runs on the CPU only"
     if where.kind == "cpu" and peer == "cupy":
         return "runs on a GPU only"
+    if peer == "cupy":
+        return None  # the device is there, so it is
     package = PEERS[peer]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"

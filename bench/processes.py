@@ -88,6 +88,8 @@ def weighed(work: Work, setting: Setting) -> Work:
         left_out |= dict.fromkeys(("numpy", "torch"), "--quick starts two processes a row")
     if setting.where.kind != "cpu":
         left_out |= dict.fromkeys(build, "measured on the CPU only")
+    elif not Path("/proc/self/status").exists():
+        left_out |= dict.fromkeys(build, "this system has no /proc to see it in")
     return dataclasses.replace(
         work,
         suite="memory",

@@ -261,6 +261,24 @@ def test_a_peak_of_memory_is_seen(counted, monkeypatch):
     assert (found["method"] == "VmHWM") <= counted
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_planted_memory_is_weighed():
+    """64 MB in between and 16 MB of results, beside data of 32 MB."""
+
+    def build(data):
+        def run():
+            between = np.ones(8_000_000)
+            return [between[:2_000_000] + data[:2_000_000]]
+
+        return run
+
+    work = planted()
+    work.make, work.build = lambda: np.ones(4_000_000), {"gpugrad": build}
+    found = processes.memory(work, work, "gpugrad")
+    assert found["bytes"] == pytest.approx(64e6, abs=4e6)
+    assert found["method"] == "VmHWM"
+
+
 def test_size_of_results():
     assert processes.size([np.zeros(3), (np.zeros(2), 1.0)]) == 40
 
