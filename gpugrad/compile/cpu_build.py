@@ -83,7 +83,7 @@ def _problem() -> str | None:
         return f"numba cannot be imported: {error}"
     if tuple(map(int, version.split(".")[:2])) < _OLDEST:
         return f"numba is {version}; {'.'.join(map(str, _OLDEST))} or newer is needed"
-    return None
+    return "NUMBA_DISABLE_JIT is set" if _numba("core.config").DISABLE_JIT else None
 
 
 def available() -> str | None:
@@ -97,8 +97,10 @@ def available() -> str | None:
 def processor() -> tuple[str, str]:
     """Return the name and the features of the processor that numba compiles for."""
     config = _numba("core.config")
-    features = config.CPU_FEATURES or _numba("core.codegen").get_host_cpu_features()
-    return config.CPU_NAME or _llvmlite("binding").get_host_cpu_name(), features
+    name, features = config.CPU_NAME, config.CPU_FEATURES
+    if name is None:
+        name = _llvmlite("binding").get_host_cpu_name()
+    return name, _numba("core.codegen").get_host_cpu_features() if features is None else features
 
 
 @functools.cache
@@ -254,12 +256,12 @@ def _module(source: str, name: str, filename: str) -> dict[str, Any]:
 def _cached(folder: Path, name: str, write: Callable[[str], Text]) -> dict[str, Any]:
     path = folder / f"{name}.py"
     sums = folder / f"{name}.json"
-    if not _intact(folder, name, sums):
+    if not _intact(sums):
         _forget(folder, name)
         _write(path, _source(write(name), name, cache=True))
     module = _module(path.read_text(encoding="utf-8"), name, str(path))
     if not module["kernel"].stats.cache_hits:
-        _write(sums, json.dumps(_checksums(folder, name)))
+        _write(sums, json.dumps({str(path): _checksum(path) for path in _files(folder, name)}))
     return module
 
 
@@ -268,18 +270,18 @@ def _files(folder: Path, name: str) -> list[Path]:
     places = [folder, folder / "__pycache__"]
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         places += Path(given).glob("*")
-    return sorted(p for place in places for p in place.glob(f"{name}.*") if p.suffix in (".py", ".nbi", ".nbc"))
+    return [p for place in places for p in place.glob(f"{name}.*") if p.suffix in (".py", ".nbi", ".nbc")]
 
 
-def _checksums(folder: Path, name: str) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in _files(folder, name)}
+def _checksum(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _intact(folder: Path, name: str, sums: Path) -> bool:
+def _intact(sums: Path) -> bool:
     """Tell whether a kernel's files are all there and as they were written."""
     try:
-        return bool(json.loads(sums.read_bytes()) == _checksums(folder, name))
-    except (OSError, ValueError):
+        return all(_checksum(path) == known for path, known in json.loads(sums.read_bytes()).items())
+    except (OSError, ValueError, AttributeError):
         return False
 
 
