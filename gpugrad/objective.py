@@ -366,6 +366,8 @@ class Objective:
                     [Value(a.shape, a.dtype) for a in self.data], self.device,
                 )  # fmt: skip
             except Exception as error:  # whatever the loss does: it may well run eagerly
+                if backend.out_of_memory(error):
+                    return None  # for constants of the loss; next time there may be room
                 found = (str(error).splitlines() or [type(error).__name__])[0]
             while len(self._programs) >= PROGRAMS:
                 self._programs.pop(next(iter(self._programs)), None)

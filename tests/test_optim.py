@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -1158,15 +1159,17 @@ def test_a_hidden_wait_is_caught(stand_in, regression, fault, monkeypatch):
         monkeypatch.setattr(_Memory, "turn", lambda self, here: real_turn(self, here) + 0.0 * float(here.grad[0]))
     obj = gg.Objective(loss, regression, device="cuda")
     start = {"w": stand_in.zeros(4, "float32"), "b": 0.0}
-    assert waits(lambda n: optim.minimize(obj, start, method, max_iter=n, tol=None), steps=2, more=6) >= 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gg.errors.CaptureWarning)  # a loss that reads a value is not captured
+        assert waits(lambda n: optim.minimize(obj, start, method, max_iter=n, tol=None), steps=2, more=6) >= 4
 
 
 def test_launches_of_a_training_step(stand_in):
-    """A step on a small batch costs what its launches cost: 23 for two hidden layers.
+    """A step on a small batch costs what its launches cost: 16 for two hidden layers, 23 before losses were captured.
 
-    Forward 7: a product a layer, bias and activation together, the last bias, the loss with its slope. Backward 14: the
-    cotangent, its product with the slope, the column put back (2), the last layer's three, and for each hidden layer
-    its activation's with the bias gradient (2) and the products with what it needs. The mean 1, the update 1.
+    Eight products: one a layer forward, two a layer backward but for the first. Bias and activation of a layer are one
+    loop, and backward two launches with the gradient of the bias; the loss with its slope, the value and the gradient
+    of the last bias are two. The update is one.
     """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(256, 32)).astype("float32"), rng.normal(size=256).astype("float32")
@@ -1177,7 +1180,7 @@ def test_launches_of_a_training_step(stand_in):
         with stand_in.counting() as count:
             _, grads = obj.evaluate(params)
             params = rule.step(params, grads)
-    assert count.launches <= 23
+    assert count.launches == 16
     assert count.syncs == 0
 
 
