@@ -336,7 +336,8 @@ def _collapsed(
 
     Returns rows, columns, the layout of each operand and over what each sum goes; None where two axes are not enough.
     """
-    padded = [(1,) * (len(shape) - len(o)) + o for o in operands]
+    short = map(_without_leading, operands)
+    padded = [(1,) * (len(shape) - len(o)) + o for o in short]
     merged: list[tuple[int, tuple[bool, ...], tuple[bool, ...]]] = []
     for axis, n in enumerate(shape):
         if n == 1:

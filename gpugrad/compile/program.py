@@ -133,7 +133,7 @@ def simplified(program: Program) -> Program:
         kept.append(eq)
 
     for eq in program.equations:
-        for part in _lowered(_as_reshape(eq)):
+        for part in _lowered(_plainer(eq)):
             add(part)
     outputs = tuple(alias.get(v, v) for v in program.outputs)
     return Program(program.inputs, live(kept, outputs), outputs, program.name)
@@ -166,10 +166,22 @@ def _lowered(eq: Equation) -> list[Equation]:
     ]
 
 
-def _as_reshape(eq: Equation) -> Equation:
-    """Write indexing that only drops or adds axes of length 1, its transpose, and a sum over such axes as a reshape."""
+def _plainer(eq: Equation) -> Equation:
+    """Write what axes of length 1 make of an op.
+
+    Indexing, transposing and adding up that only drops, adds or moves such axes is a reshape; a matrix product over
+    such an axis is a multiplication with broadcasting.
+    """
     if eq.op.name == "sum" and eq.inputs[0].size == eq.outputs[0].size and eq.inputs[0].dtype == eq.outputs[0].dtype:
         return Equation(registry["reshape"], eq.inputs, {"shape": eq.outputs[0].shape}, eq.outputs)
+    if eq.op.name == "permute_dims":
+        moved = [a for a in (a % max(eq.inputs[0].ndim, 1) for a in eq.params["axes"]) if eq.inputs[0].shape[a] != 1]
+        if moved == sorted(moved):
+            return Equation(registry["reshape"], eq.inputs, {"shape": eq.outputs[0].shape}, eq.outputs)
+    if eq.op.name == "matmul":
+        x, y = eq.inputs
+        if x.ndim == y.ndim == 2 and x.shape[1] == 1 and x.dtype == y.dtype and x.dtype.kind == "f":
+            return Equation(registry["multiply"], eq.inputs, {}, eq.outputs)  # (m, 1) times (1, n)
     if eq.op.name not in ("getitem", "scatter"):
         return eq
     (x,), (out,) = eq.inputs, eq.outputs

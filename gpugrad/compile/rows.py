@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy
 
+from gpugrad import backend
 from gpugrad.compile.kernels import RowPass
 from gpugrad.compile.program import Constant, Equation, Program, Value, equation, live
 from gpugrad.compile.scalar import (
@@ -134,6 +135,8 @@ class _Splitter:
             raise NotByRows(f"{name} of transposed rows")
         if eq.op.pointwise or name in ("astype", "broadcast_to"):
             for value, kind in zip(eq.inputs, kinds, strict=True):
+                if kind == "uniform" and value.ndim == out.ndim and value.shape[0] != 1:
+                    raise NotByRows(f"{name} of rows with shape {value.shape}")
                 if kind == "row" and value.ndim != out.ndim:
                     raise NotByRows(f"{name} moves the rows to another axis")
             return "row"
@@ -314,9 +317,9 @@ class _Scalars:
             return found
         is_row = self.rows in value.shape
         if isinstance(value, Constant):
-            array = numpy.asarray(value.array)
-            if array.size > WIDE_PARAMETER:
+            if value.size > WIDE_PARAMETER or backend.is_cuda_array(value.array):
                 raise NotByRows("a constant array")
+            array = numpy.asarray(value.array)
             items = [constant(x, None if value.weak else value.dtype) for x in array.reshape(-1).tolist()]
             self.arrays[value] = _filled(items, value.shape)
             return self.arrays[value]
