@@ -19,6 +19,7 @@ from gpugrad.compile.rows import NotByRows, split
 from gpugrad.compile.text import describe
 from gpugrad.threads import single_threaded_blas
 
+LARGE_BYTES = 1 << 20  # of data or of what is kept from step to step, above which work by rows pays
 SMALL_FLOPS = 2e8  # of all products of a program: a few milliseconds
 
 
@@ -103,10 +104,12 @@ def executable(program: Program, device: Device) -> Executable:
         return cuda_rows.compiled(program, device)
     whole = _Whole(program)
     rows = rows_of(program)
-    # one loop over everything is by blocks already; what leaves the cache between steps is not
-    if rows is not None and whole.kept > OPERAND_BYTES:
+    # Small data stays in cache anyway, and one loop over everything is by blocks already.
+    if rows is not None and max(whole.kept, sum(v.nbytes for v in program.inputs)) > LARGE_BYTES:
         try:
-            return _Checked(_ByRows(RowProgram(split(program, rows))), program)
+            by_rows = RowProgram(split(program, rows))
         except NotByRows:
-            pass
+            return _Checked(whole, program)
+        if by_rows.kernel is not None or whole.kept > OPERAND_BYTES:
+            return _Checked(_ByRows(by_rows), program)
     return _Checked(whole, program)
