@@ -14,6 +14,7 @@ from cuda_proof import arrays, emulator, machine_code
 from cuda_proof.emulator import KernelFault
 from cuda_proof.machine_code import ARCHITECTURES
 from devices import problem
+from fused import FULL, every_layout, flat, logistic, several, sigmoid, squares, transposed
 
 from gpugrad import kernels
 from gpugrad.compile import cuda_code
@@ -26,66 +27,6 @@ if missing := machine_code.missing() or problem("stand-in"):
 S = SYMBOLIC
 # Of the type that each is computed in.
 EPS = {np.dtype("float16"): 2.0**-24, np.dtype("float32"): 2.0**-24, np.dtype("float64"): 2.0**-53}
-
-# ------------------------------------------------------------------------------------------------- kernels to try
-
-
-def sigmoid(z):
-    t = S.exp(-S.abs(z))
-    return S.where(z >= 0, 1, t) / (1 + t)
-
-
-def logistic(columns, dtype="float32"):
-    z, y = argument(0, dtype), argument(1, dtype)
-    loss = S.maximum(z, 0) + S.log1p(S.exp(-S.abs(z))) - y * z
-    return RowPass(((dtype, columns),), (0,), (dtype,), (), (loss,), ((0, sigmoid(z) - y),))
-
-
-def squares(columns, dtype="float32"):
-    z, y = argument(0, dtype), argument(1, dtype)
-    return RowPass(((dtype, columns),), (0,), (dtype,), (), ((z - y) * (z - y),), ((0, 2 * (z - y)),))
-
-
-def several(dtype="float32"):
-    """Two matrices, three products, two gradients of one matrix, columns of all kinds, numbers, outputs, two sums."""
-    z0, z1, z2, y = (argument(k, dtype) for k in range(4))
-    label, weight = argument(4, "int64"), argument(5, "bool")
-    bias, slope = argument(6, dtype), argument(7, "float64")
-    eta = z0 + S.tanh(z1) * z2 + bias + label
-    r = S.where(weight, eta - y, 0)
-    return RowPass(
-        matrices=((dtype, 12), (dtype, 7)),
-        products=(0, 1, 0),
-        columns=(dtype, "int64", "bool"),
-        scalars=(dtype, "float64"),
-        sums=(r * r, cast(weight, np.dtype(dtype))),
-        back=((0, r), (1, cast(slope * z1, np.dtype(dtype))), (0, r * z1)),
-        outputs=(eta, label * 3, eta > y),
-    )
-
-
-def transposed(dtype="float32"):
-    """No product and no sum: X^T y."""
-    return RowPass(((dtype, 5),), (), (dtype,), (), (), ((0, argument(0, dtype)),))
-
-
-FULL = {"float32": (("full", "float32"), ("row", "float32"), ("column", "float32"), ("scalar", "float32"))}
-FULL |= {"float64": tuple((layout, "float64") for layout, _ in FULL["float32"])}
-
-
-def every_layout(sums, dtype="float32"):
-    """All four layouts, two outputs, and sums over what is named."""
-    x, row, column, number = (argument(k, dtype) for k in range(4))
-    e = S.exp(-x * x) * row + column * number
-    terms = {"all": e, "rows": x * row, "columns": x * column}
-    return Loop(FULL[dtype], (e, S.tanh(x)), tuple((terms[over] * k, over) for k, over in enumerate(sums, 1)))
-
-
-def flat(dtype="float32"):
-    """What may be worked on as a vector."""
-    x, y = argument(0, dtype), argument(1, dtype)
-    return Loop((("full", dtype), ("full", dtype)), (x * y + 1,), ((x * y, "all"),))
-
 
 # ------------------------------------------------------------------------------------------------------ running
 
@@ -262,6 +203,26 @@ def test_rows_at_any_distance_and_address(cupy, columns, dtype):
 @pytest.mark.parametrize("n", [0, 1, 31, 129, 1009])
 def test_several_matrices_products_and_outputs(cupy, dtype, n):
     check_pass(several(dtype), n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_backwards(cupy, dtype):
+    """Distances below zero."""
+    x, w, y = gradient(77, 8, dtype)
+    (loss,), (g,), _ = run_pass(squares(8, dtype), [x], [w], [y])
+    code = cuda_code.row_pass(squares(8, dtype))
+    value, back = cupy.empty(()), cupy.empty(8)
+    given = [cupy.asarray(x)[::-1]], [cupy.asarray(w[::-1].copy())[::-1]], [cupy.asarray(y)[::-1]]
+    code(*given, [], [], [("sum", 0, 1.0, value), ("back", 0, 1.0, back)])
+    np.testing.assert_allclose(value.get(), loss, rtol=1e-6)
+    np.testing.assert_allclose(back.get(), g, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("columns", [8, 512])
+def test_values_with_cudas_worst_rounding(cupy, how, columns, dtype):
+    how["worst"] = True
+    check_pass(logistic(columns, dtype), 67)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -527,6 +488,20 @@ def test_loops_over_mixed_types(cupy):
     for rows, columns in ((5, 16), (5, 7), (300, 8), (1, 1000)):
         check_loop(kernel, rows, columns)
         check_loop(kernel, rows, columns, stretch=8)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "uint32", "float16", "float32", "float64"])
+def test_numbers_of_every_type(cupy, dtype):
+    """From the host and from the device, beside an array."""
+    x, number = argument(0, "float64"), argument(1, dtype)
+    kernel = Loop((("full", "float64"), ("scalar", dtype)), (x * number,))
+    values, of = np.arange(5.0), np.dtype(dtype).type(1)
+    for given in (of.item(), of, on_device(np.asarray(of)), on_device(np.full(1, of))):
+        out = on_device(np.full(5, np.nan))
+        cuda_code.loop(kernel)([on_device(values), given], [out], 1, 5)
+        np.testing.assert_array_equal(host(out), values)
+    with pytest.raises(ValueError, match="a number of dtype"):
+        cuda_code.loop(kernel)([on_device(values), on_device(np.ones(2, dtype))], [out], 1, 5)
 
 
 def test_launches_of_loops(cupy):
@@ -980,7 +955,11 @@ FAULTS = {
     "a sum runs into the next row": ("    sums.clear();\n", "", "sums over columns"),
     "lanes are left out": ("half = across / 2", "half = across / 4", "sums over columns"),
     "no barrier between sums": ("if (s > 0) __syncthreads();", ";", "two sums"),
-    "a number from the host": ("given.s3 = i3 ? float(*i3) : float(i3_value);", "given.s3 = float(*i3);", "packs"),
+    "a number from the host": (
+        "given.s3 = i3 ? (float)(*i3) : (float)(i3_value);",
+        "given.s3 = (float)(*i3);",
+        "packs",
+    ),
     "NaN is lost": ("return x != x || x > y ? x : y;", "return x > y ? x : y;", "maximum"),
     "the sign of NaN": ("x != x ? x : T(T(x > 0)", "T(T(x > 0)", "sign"),
     "two infinities": ("if (x == y) return x + T(0.69", "if (false) return x + T(0.69", "logaddexp"),

@@ -12,10 +12,13 @@ import warnings
 import numpy as np
 import pytest
 from devices import host, problem
+from fused import every_layout, logistic, squares
 
 import gpugrad as gg
 from gpugrad import backend, kernels
 from gpugrad.cli import main
+from gpugrad.compile import cuda_code
+from gpugrad.compile.scalar import run
 from gpugrad.errors import DeviceMemoryWarning, DeviceMismatch
 
 SINGLE = np.float32
@@ -169,6 +172,67 @@ def test_the_same_bits_every_time(cupy, dtype):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("columns", [1, 4, 8, 32, 33, 100, 512, 1000])
+@pytest.mark.parametrize("make", [logistic, squares])
+def test_generated_passes_over_rows(cupy, make, columns, dtype):
+    """Loss and gradient in float64 on the host; the same bits again, and as a graph."""
+    kernel = make(columns, dtype)
+    code = cuda_code.row_pass(kernel)
+    if code is None:
+        assert (columns, dtype) == (1000, "float64")
+        return
+    n = 3001 if hasattr(cupy, "counting") else 100_000_000 // (columns + 100)
+    rng = np.random.default_rng(columns)
+    x = rng.normal(size=(n, columns)).astype(dtype)
+    w, y = (rng.normal(size=columns) / np.sqrt(columns)).astype(dtype), rng.uniform(size=n).astype(dtype)
+    z = x.astype(float) @ w.astype(float)
+    loss, slope = run([kernel.sums[0], kernel.back[0][1]], [z, y.astype(float)])
+    value, g = cupy.empty(()), cupy.empty(columns)
+    given = [cupy.asarray(x)], [cupy.asarray(w)], [cupy.asarray(y)], [], []
+    bound = code.bind(*given, [("sum", 0, 1 / n, value), ("back", 0, 1 / n, g)])
+    bound()
+    near = 1e-12 if dtype == "float64" else 1e-5
+    np.testing.assert_allclose(value.get(), np.mean(loss), rtol=near)
+    np.testing.assert_allclose(g.get(), x.astype(float).T @ slope / n, rtol=near, atol=near)
+    before = value.get(), g.get()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        bound()
+        graph = stream.end_capture()
+    for again in (bound, graph.launch):
+        value.fill(0)
+        g.fill(0)
+        again()
+        np.testing.assert_array_equal(value.get(), before[0])
+        np.testing.assert_array_equal(g.get(), before[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sums", [(), ("all", "rows", "rows"), ("columns", "all")], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1_000_003), (200_003, 8), (7001, 33), (301, 2056)])
+def test_generated_loops(cupy, sums, dtype, rows, columns):
+    if hasattr(cupy, "counting"):
+        rows, columns = min(rows, 301), min(columns, 2056)
+    kernel = every_layout(sums, dtype)
+    rng = np.random.default_rng(rows)
+    given = [rng.normal(size=shape).astype(dtype) for shape in ((rows, columns), (columns,), (rows,))]
+    outputs = [cupy.empty((rows, columns), dtype=dtype) for _ in range(2)]
+    made = cuda_code.loop(kernel)([*map(cupy.asarray, given), 0.7], outputs, rows, columns)
+    x, row, column = (a.astype(float) for a in given)
+    number = float(np.dtype(dtype).type(0.7))
+    want = run([*kernel.outputs, *(e for e, _ in kernel.sums)], [x, row, column[:, None], number])
+    near = 1e-13 if dtype == "float64" else 1e-6
+    for out, exact in zip(outputs, want, strict=False):
+        np.testing.assert_allclose(out.get(), exact, rtol=near, atol=4 * near)
+    for total, over, terms in zip(made, sums, want[2:], strict=True):
+        axis = {"all": None, "rows": 0, "columns": 1}[over]
+        terms = np.broadcast_to(terms, (rows, columns))
+        exact, size = terms.sum(axis), np.abs(terms).sum(axis)
+        assert np.all(np.abs(total.get() - exact) <= near * (np.abs(exact) + size))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(5_000_000, 8), (2, 3_000_000), (300_000, 1), (70_001, 257)])
 def test_sums_over_shapes_at_the_limits_of_a_grid(card, rows, columns):
     needs(card, 2)
@@ -401,16 +465,15 @@ def test_an_update_is_one_launch(cupy, make, monkeypatch):
     assert len(launched) == 1
 
 
-@gpu
-def test_updates_can_be_captured_in_a_graph(card):
+def test_updates_can_be_captured_in_a_graph(cupy):
     """An update is kernels of gpugrad's alone: no library call, no copy, no wait stands in a capture's way."""
-    w = [card.ones(1000, dtype="float32"), card.ones((3, 5), dtype="float32")]
-    g = [card.full(a.shape, 0.5, dtype="float32") for a in w]
-    state = [[card.zeros_like(a)] for a in w]
+    w = [cupy.ones(1000, dtype="float32"), cupy.ones((3, 5), dtype="float32")]
+    g = [cupy.full(a.shape, 0.5, dtype="float32") for a in w]
+    state = [[cupy.zeros_like(a)] for a in w]
     options = {"rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "scale": None}
     kernels.sgd_update(w, g, state, **options)
-    card.cuda.runtime.deviceSynchronize()
-    with card.cuda.Stream(non_blocking=True) as stream:
+    cupy.cuda.runtime.deviceSynchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
         kernels.sgd_update(w, g, state, **options)  # this stream's memory
         for s in state:
             s[0][...] = 0

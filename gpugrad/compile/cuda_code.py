@@ -374,7 +374,7 @@ def row_pass_text(kernel: RowPass, form: RowForm) -> str:
     for k, d in enumerate(scalars):
         members.append(f"{register(d)} s{k};")
         parameters.append(f"const {CUDA[d]}* s{k}_at, {CUDA[d]} s{k}")
-        setting.append(f"work.s{k} = s{k}_at ? {register(d)}(*s{k}_at) : {register(d)}(s{k});")
+        setting.append(f"work.s{k} = s{k}_at ? ({register(d)})(*s{k}_at) : ({register(d)})(s{k});")
     for k, d in enumerate(out_dtypes):
         pointer(CUDA[d], f"o{k}", "")
     totals = []
@@ -589,7 +589,7 @@ def loop_text(kernel: Loop, pack: int) -> str:
         if layout == "scalar":
             members.append(f"{register(dtype)} s{k};")
             parameters.append(f"const {kind}* i{k}, {kind} i{k}_value")
-            setting.append(f"given.s{k} = i{k} ? {register(dtype)}(*i{k}) : {register(dtype)}(i{k}_value);")
+            setting.append(f"given.s{k} = i{k} ? ({register(dtype)})(*i{k}) : ({register(dtype)})(i{k}_value);")
             continue
         members += [f"const {kind}* i{k}_at;", f"long long i{k}_step;"]
         parameters.append(f"const {kind}* i{k}, long long i{k}_step")
