@@ -299,7 +299,7 @@ def row_pass_text(kernel: RowPass, name: str, register: int) -> Text:
 
     lanes = 2 * register // max(4, _widest(roots))
     row_bytes = sum(m.columns * size_of(m.kind) for m in matrices)
-    tile = TILE_ROWS
+    tile = TILE_ROWS if row_bytes > register else 2 * TILE_ROWS  # of short rows more: less to do around each tile
     fitting = TILE_BYTES if FEWEST_ROWS * row_bytes <= TILE_BYTES else WIDE_TILE_BYTES
     while tile > FEWEST_ROWS and tile * row_bytes > fitting:
         tile //= 2
@@ -440,20 +440,47 @@ def _products(w: _Writer, m: _Matrix, start: str, n: Vector, weights: Sequence[s
     def rows(k: Vector, count: int) -> None:
         products = [row(code.at(start, (k + r) * m.stride)) for r in range(count)]
         for p, room in enumerate(rooms):
-            code.store(_totals(code, [sums[p] for sums in products]), code.at(room, k * size))
+            code.store(_totals(code, [sums[p] for sums in products], lanes), code.at(room, k * size))
 
-    done = n.like(0)
+    packed = _packed(m, n, lanes)
+    if packed is not None:
+        repeated = [_repeated(code.load(p, m.kind, m.columns), lanes) for p in weights]
+        with code.loop(0, packed, lanes) as k:
+            xs = _packed_rows(m, start, k, lanes)
+            for weight, room in zip(repeated, rooms, strict=True):
+                code.store(_totals(code, [x * weight for x in xs], m.columns), code.at(room, k * size))
+    begin = n.like(0) if packed is None else packed
+    done = begin
     if at_once > 1:
-        done = n & -at_once
-        with code.loop(0, done, at_once) as k:
+        done = begin + ((n - begin) & -at_once)
+        with code.loop(begin, done, at_once) as k:
             rows(k, at_once)
     with code.loop(done, n, 1) as k:
         rows(k, 1)
 
 
-def _totals(code: Code, vectors: list[Vector]) -> Vector:
-    """Return the sums of the lanes of each vector (a power of 2 of them) as the lanes of one."""
-    share = vectors[0].lanes  # lanes that hold one vector's partial sums
+def _packed(m: _Matrix, n: Vector, lanes: int) -> Vector | None:
+    """Return how many rows of a tile are read several to a register: where they are short and without gaps."""
+    if m.columns >= lanes or m.columns & (m.columns - 1):
+        return None
+    code = n.code
+    return code.select(m.stride.eq(m.columns * size_of(m.kind)), n & -lanes, 0)
+
+
+def _packed_rows(m: _Matrix, start: str, k: Vector, lanes: int) -> list[Vector]:
+    """Return as many rows as lanes from row k on, in registers that are full."""
+    code, size = k.code, size_of(m.kind)
+    pointer = code.at(start, k * (m.columns * size))
+    return [code.load(code.at(pointer, v * lanes * size), m.kind, lanes) for v in range(m.columns)]
+
+
+def _repeated(x: Vector, lanes: int) -> Vector:
+    """Return the lanes of x again and again."""
+    return x.splat(lanes) if x.lanes == 1 else x.code.shuffle(x, x, [k % x.lanes for k in range(lanes)])
+
+
+def _totals(code: Code, vectors: list[Vector], share: int) -> Vector:
+    """Return the sums of `share` neighbouring lanes, of all vectors (a power of 2) in order, as the lanes of one."""
     while len(vectors) > 1:
         share //= 2
         joined = []
@@ -479,6 +506,10 @@ def _row_sums(
     lanes = w.register // size_of(m.kind)
     blocks = _blocks(m, lanes)
     together = max(1, 8 // len(factors))
+    packed = _packed(m, n, lanes) if kind == m.kind else None
+    begin = n.like(0) if packed is None else packed
+    if packed is not None:
+        _packed_sums(m, start, packed, lanes, factors, places)
 
     def some(group: Sequence[tuple[Vector | int, Vector | None]]) -> None:
         """Add up columns that are in registers at once; group: their first column and mask."""
@@ -499,10 +530,10 @@ def _row_sums(
                         place = sums[u][q][b]
                         code.store(code.fma(x, factor, code.load(place, kind, lanes)), place)
 
-        done = n.like(0)
+        done = begin
         if unroll > 1:
-            done = n & -unroll
-            with code.loop(0, done, unroll) as k:
+            done = begin + ((n - begin) & -unroll)
+            with code.loop(begin, done, unroll) as k:
                 rows(k, unroll)
         with code.loop(done, n, 1) as k:
             rows(k, 1)
@@ -524,3 +555,28 @@ def _row_sums(
         some([(c + b * lanes, None) for b in range(together)])
     for group in groups[even:]:
         some(group)
+
+
+def _packed_sums(
+    m: _Matrix, start: str, count: Vector, lanes: int, factors: Sequence[str], places: Sequence[str]
+) -> None:
+    """Do the work of `_row_sums` on rows that are read several to a register."""
+    code, size, columns = m.stride.code, size_of(m.kind), m.columns
+    chains = max(1, min(4, columns))
+    sums = [[code.allocate(m.kind, lanes) for _ in range(chains)] for _ in factors]
+    for place in (place for by_factor in sums for place in by_factor):
+        code.store(code.number(0, m.kind, lanes), place)
+    with code.loop(0, count, lanes) as k:
+        xs = _packed_rows(m, start, k, lanes)
+        for factor, held in zip(factors, sums, strict=True):
+            rs = code.load(code.at(factor, k * size), m.kind, lanes)
+            for v, x in enumerate(xs):
+                r = code.shuffle(rs, rs, [v * (lanes // columns) + lane // columns for lane in range(lanes)])
+                place = held[v % chains]
+                code.store(code.fma(x, r, code.load(place, m.kind, lanes)), place)
+    for pointer, held in zip(places, sums, strict=True):
+        total = functools.reduce(Vector.__add__, (code.load(place, m.kind, lanes) for place in held))
+        while total.lanes > columns:
+            half = total.lanes // 2
+            total = code.shuffle(total, total, range(half)) + code.shuffle(total, total, range(half, total.lanes))
+        code.store(code.load(pointer, "f8", columns) + total.to("f8"), pointer)
