@@ -190,13 +190,18 @@ class Instance:
         forward, params, one = eq.op.forward, eq.params, eq.op.outputs == 1
         dtypes = [v.dtype for v in eq.outputs]
         fresh = [v in self.plan.fresh for v in eq.outputs]
+        viewing = isinstance(step, View)
 
         def action(env: Env) -> None:
+            given = [get(env) for get in gets]
             with numpy.errstate(all="ignore"):
-                out = forward(numpy, *(get(env) for get in gets), **params)
+                out = forward(numpy, *given, **params)
             for slot, dtype, part, own in zip(slots, dtypes, (out,) if one else out, fresh, strict=True):
                 array = numpy.asarray(part, dtype=dtype)
-                env[slot] = array.copy() if own and (array.base is not None or not array.flags.writeable) else array
+                # an op may hand out its argument, or a view of it, whose buffer others are about to use
+                lent = not viewing and any(numpy.may_share_memory(array, a) for a in given)
+                owned = array.base is None and array.flags.writeable
+                env[slot] = array.copy() if lent or (own and not owned) else array
 
         return action
 

@@ -220,9 +220,11 @@ class Instance:
                 array = part if backend.is_cuda_array(part) else xp.asarray(part, dtype=dtype)
                 if array.dtype != dtype:
                     array = array.astype(dtype)
-                if own and (array.base is not None or any(array is a for a in given)):
-                    array = array.copy()
-                self.copies += viewing and array.base is None and not any(array is a for a in given)
+                shared = any(_root(array) is _root(a) for a in given if backend.is_cuda_array(a))
+                # an op may hand out its argument, or a view of it, whose buffer others are about to use
+                if shared and (own or not viewing):
+                    array, shared = array.copy(), False
+                self.copies += viewing and not shared
                 env[slot] = array
 
         return action
@@ -241,6 +243,11 @@ class Instance:
         if isinstance(parameter, tuple):
             return tuple(map(self._placed, parameter))
         return backend.to_device(parameter, self.device) if isinstance(parameter, numpy.ndarray) else parameter
+
+
+def _root(array: Array) -> Array:
+    """Return the array whose memory another is in."""
+    return array if array.base is None else array.base
 
 
 def _dropping(slots: list[int]) -> Action:
