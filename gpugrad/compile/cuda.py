@@ -28,7 +28,7 @@ from gpugrad.compile.scalar import FUNCTIONS, in_order
 from gpugrad.compile.text import describe
 
 STREAMS = 4  # on which a program keeps instances
-GRAPHS = 8  # that an instance keeps, by addresses
+GRAPHS = 16  # that an instance keeps, by addresses
 REPEATED = 64  # addresses remembered, to see which come again
 TRIED = 32  # graphs captured, after which replays must be as many
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import operator
 import warnings
 
@@ -12,6 +13,7 @@ import numpy
 from cuda_proof import originals
 from cuda_proof.machine import (
     HOST,
+    UNIT,
     Block,
     Device,
     Foreign,
@@ -68,16 +70,23 @@ def owned(values):
     return written(_over(values))
 
 
-def _over(values):
+def _over(values, kept=None):
     array = object.__new__(ndarray)
-    array._a, array._block, array.base = values, Block(values), None
+    array._a, array._block, array.base = values, Block(values, kept), None
     return array
 
 
 def fresh(shape, dtype, order="C"):
-    values = numpy.empty(shape, _supported(dtype), order=order)
-    values[...] = junk(values.dtype)
-    return written(_over(values))
+    """Return an array of the pool's memory, at the address that came back last if one did, as from CuPy's pool."""
+    dtype = _supported(dtype)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = dtype.itemsize * math.prod(shape)
+    if not nbytes:
+        return written(_over(numpy.empty(shape, dtype, order=order)))
+    raw, place = here.machine.pools[here.machine.device].memory(nbytes)
+    values = HOST(shape, dtype, raw, -raw.ctypes.data % UNIT, order=order)
+    values[...] = junk(dtype)
+    return written(_over(values, (raw, place)))
 
 
 def as_view(array, values):
@@ -1062,6 +1071,8 @@ class RawKernel:
                 raise TypeError(f"Unsupported type {type(value)}")
         # structures are copied when a kernel is launched, or captured
         plain = [a.copy() if isinstance(a, HOST) else _plain(a) for a in args]
+        if get_current_stream().is_capturing():  # a graph has addresses
+            plain = [numpy.uintp(a.ctypes.data) if isinstance(a, HOST) and not a.dtype.names else a for a in plain]
 
         def work():
             with originals.as_it_was():

@@ -17,7 +17,7 @@ UNIT = 512  # the pool hands out memory in steps of this
 
 
 class Freed(AssertionError):
-    """A graph touches memory that was given back after its capture: CUDA would use what is there now."""
+    """A graph touches memory that was given back after its capture and that nobody has now."""
 
 
 class Race(AssertionError):
@@ -49,6 +49,7 @@ class Machine:
         self.queues = list(self.null)
         self.host = {}  # the host's vector clock
         self.ordering = False  # whether there is anything to order: another stream, or a copy that waits
+        self.live = weakref.WeakValueDictionary()  # blocks by address
 
     @property
     def device(self):
@@ -62,11 +63,27 @@ class Pool:
         self.machine, self.device = machine, device
         self.used = self.free = self.limit = 0
         self.lock = threading.Lock()
+        self.spare = {}  # memory that was given back, by size and stream
+
+    def memory(self, nbytes):
+        """Return memory, and what it is to be given back as: what came back last, if there is any of that size."""
+        key = (-(-nbytes // UNIT) * UNIT, get_current_stream().ptr)
+        kept = self.spare.get(key)
+        try:
+            raw = kept.pop() if kept else None
+        except IndexError:  # another thread took it
+            raw = None
+        return (numpy.empty(key[0] + UNIT, numpy.uint8) if raw is None else raw), key
+
+    def empty(self):
+        """Give back to the system what is kept for later."""
+        self.free = 0
+        self.spare.clear()
 
     def take(self, nbytes):
         size = -(-nbytes // UNIT) * UNIT
         if not self._fits(size):
-            self.free = 0
+            self.empty()
             gc.collect()
             if not self._fits(size):
                 limit = self.limit or self.machine.memory
@@ -88,14 +105,17 @@ class Pool:
 class Block:
     """One allocation: what the pool is told when the last view of it goes, and who used it last."""
 
-    __slots__ = ("__weakref__", "buffer", "pool", "reads", "size", "written")
+    __slots__ = ("__weakref__", "buffer", "kept", "pool", "reads", "size", "written")
 
-    def __init__(self, buffer):
+    def __init__(self, buffer, kept=None):
         self.size = 0
+        self.kept = kept  # the memory it lies in and its place in the pool, if it comes from there
         self.pool = here.machine.pools[here.machine.device]
         self.size = self.pool.take(buffer.nbytes)
         self.buffer = buffer
         self.written, self.reads = None, {}
+        if self.size:
+            here.machine.live[self.address] = self
 
     @property
     def device(self):
@@ -108,6 +128,8 @@ class Block:
     def __del__(self):
         if self.size:
             self.pool.give_back(self.size)
+            if self.kept is not None:
+                self.pool.spare.setdefault(self.kept[1], []).append(self.kept[0])
 
 
 class Foreign(Block):
@@ -116,7 +138,7 @@ class Foreign(Block):
     __slots__ = ("owner",)
 
     def __init__(self, buffer, owner, pool):
-        self.size, self.pool, self.owner = 0, pool, owner
+        self.size, self.pool, self.owner, self.kept = 0, pool, owner, None
         self.buffer = buffer
         self.written, self.reads = None, {}
 
@@ -319,7 +341,10 @@ def get_current_stream(device_id=-1):
 
 
 class Graph:
-    """cupy.cuda.Graph: kernels with the arguments they were captured with, which do not keep memory alive."""
+    """cupy.cuda.Graph: kernels with the arguments they were captured with, which do not keep memory alive.
+
+    Memory at the same address is the same memory, as for CUDA: what was given back and handed out again since.
+    """
 
     def __init__(self, *args, **kwargs):
         raise NotImplementedError(
@@ -338,7 +363,7 @@ class Graph:
             if get_current_stream()._queue.capture is not None:
                 raise NotImplementedError("the stand-in captures no graph within a graph")
             for reads, writes, work in self._kernels:
-                blocks = [[block() for block in some] for some in (reads, writes)]
+                blocks = [[block() or machine.live.get(at) for block, at in some] for some in (reads, writes)]
                 if None in blocks[0] or None in blocks[1]:
                     raise Freed("a graph is launched on memory that was freed after its capture")
                 touch(*blocks)
@@ -355,7 +380,8 @@ def captured(reads, writes, work):
     if graph is None:
         return False
     on_this_device(*reads, *writes)
-    graph._kernels.append((*([weakref.ref(a._block) for a in some] for some in (reads, writes)), work))
+    used = ([(weakref.ref(a._block), a._block.address) for a in some] for some in (reads, writes))
+    graph._kernels.append((*used, work))
     return True
 
 
@@ -583,7 +609,7 @@ class MemoryPool:
         return int(self._pool.free > 0)
 
     def free_all_blocks(self, stream=None):
-        self._pool.free = 0
+        self._pool.empty()
 
     def set_limit(self, size=None, fraction=None):
         if (size is None) == (fraction is None) and size is not None:
