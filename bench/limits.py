@@ -83,6 +83,9 @@ def machine(setting: Setting) -> dict[str, Any]:
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": setting.threads,
+        "load": os.getloadavg()[0]
+        if hasattr(os, "getloadavg")
+        else None,  # what others run, before anything is measured
         "caches": _caches(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None,
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),

@@ -22,7 +22,9 @@ from .peers import PEERS, Run, host
 
 MINE = "gpugrad"  # implementations that begin with this are gpugrad's
 ROUNDS = (5, 60)
+MANY, SHORT = 20, 0.02  # rounds of what takes less than so many seconds: enough samples to see noise for what it is
 LARGE = 10_000_000  # bytes
+NOT_ASKED = "not asked for by --peers"
 PEERS_MAY = 10  # times the error that gpugrad may have
 Clock = Callable[[], float]
 
@@ -160,7 +162,7 @@ def in_turns(work: Work, setting: Setting, clock: Clock = time.perf_counter) -> 
             runs[name] = run
         if runs:
             references = {name: build(data) for name, build in work.references.items()}
-            times = sample(runs | references, setting.seconds, setting.where, clock, 2e-3 if setting.quick else 1e-2)
+            times = sample(runs | references, setting.seconds, setting.where, clock, 5e-4 if setting.quick else 2e-3)
             for name, took in times.items():
                 part = row["references" if name in references else "implementations"]
                 part[name] = {**part.get(name, {}), **took}
@@ -168,7 +170,7 @@ def in_turns(work: Work, setting: Setting, clock: Clock = time.perf_counter) -> 
 
 
 def sample(
-    runs: Mapping[str, Run], seconds: float, where: Device = CPU, clock: Clock = time.perf_counter, each: float = 1e-2
+    runs: Mapping[str, Run], seconds: float, where: Device = CPU, clock: Clock = time.perf_counter, each: float = 2e-3
 ) -> dict[str, dict[str, Any]]:
     """Time functions in turns for about `seconds` in all, several calls a sample up to about `each` seconds."""
     wait = backend.cupy().cuda.runtime.deviceSynchronize if where.kind == "cuda" else None
@@ -183,12 +185,13 @@ def sample(
 
     once = {name: min(timed(run, 1), timed(run, 1)) for name, run in runs.items()}
     calls = {name: max(1, int(each / max(took, 1e-7))) for name, took in once.items()}
-    rounds = int(seconds / max(sum(once[name] * calls[name] for name in runs), 1e-7))
+    length = max(sum(once[name] * calls[name] for name in runs), 1e-7)  # of a round
+    rounds = min(max(int(seconds / length), MANY if length < SHORT else ROUNDS[0]), ROUNDS[1])
     samples: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.disable()  # as timeit does: a collection would hit whoever's turn it is
     try:
-        for _ in range(min(max(rounds, ROUNDS[0]), ROUNDS[1])):
+        for _ in range(rounds):
             for name, run in runs.items():
                 samples[name].append(timed(run, calls[name]))
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .limits import best
 from .measure import MINE
-from .report import PROBLEMS, UNITS, checks, duration, faults, rate, target_text
+from .report import PROBLEMS, UNITS, busy, checks, duration, faults, rate, target_text
 from .verdicts import SAME
 
 STYLE = """
@@ -32,11 +32,11 @@ dt { color: var(--soft); } dd { margin: 0; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; font-size: .875rem; width: 100%; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tr:last-child > * { border-bottom: 0; } thead th { background: var(--band); font-weight: 600; }
+tr:last-child > * { border-bottom: 0; } thead th { background: var(--band); font-weight: 600; white-space: normal; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); font-weight: 400;
   white-space: normal; min-width: 8.5rem; max-width: 17rem; overflow-wrap: normal; }
 thead th:first-child { background: var(--band); }
-td.text { text-align: left; white-space: normal; min-width: 12rem; }
+td.text { text-align: left; white-space: normal; min-width: 8.5rem; }
 td { font-variant-numeric: tabular-nums; } .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 .open { color: var(--open); } figure { margin: 0; } ol, ul { font-size: .9rem; padding-left: 1.6rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.5rem; }
@@ -66,6 +66,7 @@ def _head(report: dict[str, Any]) -> Iterator[str]:
     yield f'<p class="soft">{escape(report["date"])}, on {escape(report["device"])}, {state}</p>\n'
     facts = {
         "processor": f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores",
+        "busy": busy(machine),
         "GPU": machine.get("gpu", {}).get("name"),
         "caches": ", ".join(f"{name} {size}" for name, size in machine["caches"].items()),
         "memory": machine["memory_bytes"] and f"{machine['memory_bytes'] / 2**30:.0f} GiB",

@@ -5,7 +5,6 @@ A loss is written once, with the operators that all libraries share and the few 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -233,13 +232,3 @@ def host(value: Any) -> Any:
     elif hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     return np.asarray(value, np.float64)
-
-
-@functools.cache
-def compiler_problem() -> str | None:
-    """Say why torch.compile cannot build for the CPU, or None: it needs a C++ compiler."""
-    try:
-        importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
-    except Exception as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .limits import best
-from .measure import MINE
+from .measure import MINE, NOT_ASKED
 
 SCHEMA = "gpugrad bench 1"
 WIDTH = 38
@@ -73,6 +73,8 @@ def cells(row: dict[str, Any], limits: dict[str, Any]) -> Iterator[tuple[str, li
     """Yield for each implementation and reference: name, [time, median, rate, share of limit, ratio], or a problem."""
     mine = row["implementations"].get(MINE, {})
     for name, found in (row["implementations"] | row["references"]).items():
+        if found.get("missing") == NOT_ASKED:
+            continue  # said once, at the top
         if text := problem(found):
             yield name, [], text
         elif "bytes" in found:
@@ -93,6 +95,7 @@ def about(machine: dict[str, Any], limits: dict[str, Any], missing: dict[str, st
     lines = [
         f"machine   {machine['processor']}, {machine['threads']} of {machine['cores']} cores, {memory}, {caches}",
         *([f"GPU       {machine['gpu']['name']}"] if "gpu" in machine else []),
+        *([f"BUSY      {busy(machine)}"] if busy(machine) else []),
         f"system    {machine['system']}, Python {machine['python']}, governor {machine['governor'] or 'not readable'}",
         f"versions  {versions}",
         f"set       {', '.join(f'{k}={v}' for k, v in machine['environment'].items()) or 'nothing'}",
@@ -105,6 +108,16 @@ def about(machine: dict[str, Any], limits: dict[str, Any], missing: dict[str, st
         )
         lines.append(f"  {name:{WIDTH}s}{duration(found['min_s']):>10s}{speed:>16s}")
     return lines
+
+
+def busy(machine: dict[str, Any]) -> str | None:
+    """Say that something else was running when the measuring began, or None."""
+    load, cores = machine.get("load"), machine["cores"]
+    return (
+        f"a load of {load:.1f} on {cores} cores before anything ran: times are uncertain"
+        if (load or 0) > cores / 2
+        else None
+    )
 
 
 def header(suite: str) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from .limits import best
 from .measure import MINE
+from .report import busy
 
 THRESHOLD = 0.10
 DRAWS = 2_000
@@ -102,16 +103,17 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         a, b = old["machine"].get(what), new["machine"].get(what)
         if a != b:
             lines.append(f"another machine: {what} was {a}, is {b}; comparing machines says little about gpugrad")
+    lines += [f"{when} run: {text}" for when, r in (("old", old), ("new", new)) if (text := busy(r["machine"]))]
     a, b = old["machine"]["versions"], new["machine"]["versions"]
     moved = [f"{name} {a.get(name)} -> {b.get(name)}" for name in b if name != MINE and a.get(name) != b.get(name)]
     return lines + ([f"other versions: {', '.join(moved)}"] if moved else [])
 
 
 def text(verdicts: list[dict[str, Any]], path: str) -> list[str]:
-    """Return the comparison for a person: everything that is not the same, and how many are."""
+    """Return the comparison for a person: everything that has changed, and how many have not."""
     lines = ["", f"compared with {path}: new / old, relative to the machine (threshold {THRESHOLD:.0%}, beyond noise)"]
     for v in verdicts:
-        if v["verdict"] != SAME:
+        if v["verdict"] not in (SAME, CANNOT_TELL):
             span = "{:.2f} to {:.2f}".format(*v["interval"]) if "interval" in v else ""
             ratio = f"{v['ratio']:.2f}" if v["ratio"] is not None else "-"
             lines.append(

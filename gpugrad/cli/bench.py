@@ -84,9 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     peers.importable("numba", not arguments.no_numba)
     peers.hold_threads(threads, where)
-    reasons = {
-        name: peers.missing(name, where) if name in wanted else "not asked for by --peers" for name in peers.PEERS
-    }
+    reasons = {name: peers.missing(name, where) if name in wanted else measure.NOT_ASKED for name in peers.PEERS}
     seconds = arguments.seconds or (0.15 if arguments.quick else 5.0)
     setting = measure.Setting(where, arguments.quick, threads, reasons, seconds, not arguments.no_numba)
     found = _Found(report.SCHEMA, setting, part("limits"), arguments)
