@@ -165,10 +165,12 @@ class Compiled:
         def rule(i: int, g: Any, _y: Any, *x: Any) -> Any:
             given = (g,) if len(floats) == 1 else tuple(g)
             if latest[0] is None or any(a is not b for a, b in zip(latest[0], given, strict=True)):
-                full = tuple(
-                    numpy.zeros(captured.program.outputs[k].shape, captured.program.outputs[k].dtype) if part is None else part
-                    for k, part in zip(floats, given, strict=True)
-                )
+                with backend.activate(backend.device_of(found[floats[0]])):
+                    zeros = backend.namespace(found[floats[0]]).zeros
+                    full = tuple(
+                        zeros(found[k].shape, dtype=found[k].dtype) if part is None else part
+                        for k, part in zip(floats, given, strict=True)
+                    )
                 latest[:] = given, pullback(full, x, constants)
             return latest[1][i]
 
