@@ -116,9 +116,10 @@ def simplified(program: Program) -> Program:
     alias: dict[Value, Value] = {}
     known: dict[Any, tuple[Value, ...]] = {}
     kept: list[Equation] = []
+    made: dict[Value, Equation] = {}
 
     def add(eq: Equation) -> None:
-        eq = replace(eq, inputs=tuple(alias.get(v, v) for v in eq.inputs))
+        eq = _joined(replace(eq, inputs=tuple(alias.get(v, v) for v in eq.inputs)), made)
         same = _does_nothing(eq) or _folded(eq)
         if same is not None:
             alias[eq.outputs[0]] = same
@@ -131,6 +132,7 @@ def simplified(program: Program) -> Program:
         if key is not None:
             known[key] = eq.outputs
         kept.append(eq)
+        made.update(dict.fromkeys(eq.outputs, eq))
 
     for eq in program.equations:
         for part in _lowered(_plainer(eq)):
@@ -198,6 +200,19 @@ def _plainer(eq: Equation) -> Equation:
         ):
             return eq
     return Equation(registry["reshape"], eq.inputs, {"shape": out.shape}, eq.outputs)
+
+
+def _joined(eq: Equation, made: dict[Value, Equation]) -> Equation:
+    """Write a reshape of a reshape, and a transpose of a transpose, as one."""
+    if eq.op.name not in ("reshape", "permute_dims"):
+        return eq
+    before = made.get(eq.inputs[0])
+    if before is None or before.op is not eq.op:
+        return eq
+    if eq.op.name == "reshape":
+        return replace(eq, inputs=before.inputs, params={"shape": eq.outputs[0].shape})
+    first = [a % max(eq.outputs[0].ndim, 1) for a in before.params["axes"]]
+    return replace(eq, inputs=before.inputs, params={"axes": tuple(first[a] for a in eq.params["axes"])})
 
 
 def _does_nothing(eq: Equation) -> Value | None:

@@ -35,6 +35,7 @@ from gpugrad.compile.scalar import (
     in_order,
     substitute,
 )
+from gpugrad.op import registry
 from gpugrad.ops.shape import axes_of
 
 WIDE_PARAMETER = 16  # numbers of one kind a row, above which a body is blocks of rows and no single kernel
@@ -99,6 +100,22 @@ class _Splitter:
         return self.kind[value]
 
     def _add(self, eq: Equation) -> None:
+        for part in self._turns(eq):
+            self._place(part)
+
+    def _turns(self, eq: Equation) -> list[Equation]:
+        """Write a reshape between (rows,) and (1, rows) as one to (rows, 1) and a transpose."""
+        x, out = eq.inputs[0], eq.outputs[0]
+        across, down = (1, self.rows), (self.rows, 1)
+        if eq.op.name != "reshape" or x.shape == out.shape or across not in (x.shape, out.shape):
+            return [eq]
+        first = equation("permute_dims", (x,), down, x.dtype, axes=(1, 0))
+        if x.shape != across:
+            first = equation("reshape", (x,), down, x.dtype, shape=down)
+        name, params = ("permute_dims", {"axes": (1, 0)}) if out.shape == across else ("reshape", eq.params)
+        return [first, Equation(registry[name], first.outputs, params, eq.outputs)]
+
+    def _place(self, eq: Equation) -> None:
         kinds = [self.of(v) for v in eq.inputs]
         grows = any(self.rows in v.shape for v in eq.outputs)
         if not {"row", "turned"} & set(kinds) and not grows:
@@ -132,6 +149,9 @@ class _Splitter:
             turned = tuple(params["axes"])[0] % 2 == 1
             return "turned" if (kinds[0] == "row") == turned else "row"
         if "turned" in kinds:
+            beside = [v.ndim < 2 or v.shape[1] == 1 for v, k in zip(eq.inputs, kinds, strict=True) if k == "uniform"]
+            if eq.op.pointwise and "row" not in kinds and out.ndim == 2 and all(beside):
+                return "turned"
             raise NotByRows(f"{name} of transposed rows")
         if eq.op.pointwise or name in ("astype", "broadcast_to"):
             for value, kind in zip(eq.inputs, kinds, strict=True):
