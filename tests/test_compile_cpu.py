@@ -312,6 +312,18 @@ def test_nan_stays_in_its_row_and_reaches_its_sums():
 
 
 @needs_numba
+def test_infinities_of_both_signs_add_up_to_nan_without_a_warning():
+    data = np.full((40_000, 33), np.inf, SINGLE)
+    data[20_000:] = -np.inf
+    x = scalar.argument(0, SINGLE)
+    everything, down = cpu_code.loop(Loop((("full", SINGLE.str),), (), ((x, "all"), (x, "rows"))))(
+        [data], [], 2, *data.shape
+    )
+    assert np.isnan(everything)
+    assert np.isnan(down).all()
+
+
+@needs_numba
 def test_sums_of_float32_are_made_in_float64():
     x = scalar.argument(0, SINGLE)
     sums = cpu_code.loop(Loop((("full", SINGLE.str),), (), ((x, "all"), (x, "rows"))))

@@ -14,12 +14,12 @@ from typing import Any
 import numpy
 
 from gpugrad.compile import cpu_build, cpu_kernels
-from gpugrad.compile.cpu_build import available
+from gpugrad.compile.cpu_build import available, compiling
 from gpugrad.compile.cpu_ir import Unsupported
 from gpugrad.compile.kernels import Loop, RowPass
 from gpugrad.compile.scalar import cast
 
-__all__ = ["available", "loop", "pool", "row_pass"]
+__all__ = ["available", "compiling", "loop", "pool", "row_pass"]
 
 STRIPE_BYTES = 512 << 10  # of operands: about 30 us of one core's share of the memory
 MOST_STRIPES = 64
@@ -61,6 +61,12 @@ def _share(work: Callable[[int], Any], stripes: int, threads: int) -> None:
         for helper in helpers:
             if not helper.cancel():  # not begun, as where all threads are busy: nothing is left for it to do
                 helper.result()
+
+
+def _added(partials: Any) -> Any:
+    """Add up the sums of all stripes, in their order."""
+    with numpy.errstate(all="ignore"):  # infinities of both signs
+        return partials.sum(axis=0)
 
 
 def _stripes(size: int) -> int:
@@ -116,7 +122,7 @@ def row_pass(kernel: RowPass) -> Callable[..., tuple[list[float], list[Any]]] | 
                 stripes,
                 threads,
             )
-            total = partials.sum(axis=0)
+            total = _added(partials)
         return total[:count].tolist(), [total[start:stop] for start, stop in parts]
 
     return run
@@ -225,7 +231,7 @@ class _Loop:
         else:
             partials = numpy.zeros((stripes, width))
             self._striped(entry, inputs, outputs, threads, rows, columns, stripes, partials, per_row)
-            total = partials.sum(axis=0)
+            total = _added(partials)
         return self._sums(total, per_row, columns)
 
     def _dense(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> bool:

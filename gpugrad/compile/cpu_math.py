@@ -1,7 +1,7 @@
 """The functions of `scalar.FUNCTIONS` on vectors: polynomials without branches, for float32 and float64.
 
-Errors are below about 1.5 units in the last place unless said otherwise; the special values are NumPy's; results below
-the smallest normal number underflow gradually. Polynomials are minimax fits made with mpmath (Remez), rounded. What is
+Errors are below 2 units in the last place; special values are NumPy's; results below the smallest normal number
+underflow gradually. Polynomials are minimax fits made with mpmath (Remez), rounded. What is
 rarely used (trigonometry, float64 powers) calls the C library for every lane.
 
 Exponentials round to an integer by adding 1.5 * 2**23 (2**52) and reading the low bits: code that may be reordered
