@@ -62,7 +62,7 @@ class CaptureError(GpugradError, RuntimeError):
 
 
 class CaptureWarning(RuntimeWarning):
-    """A function is not captured, or captured again and again; the results are right, the speed is not what it could be."""
+    """A function is not captured, or captured again and again: right, but slower than it could be."""
 
 
 class DataError(GpugradError, ValueError):

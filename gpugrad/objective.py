@@ -203,13 +203,17 @@ class Objective:
         along, other = optree.tree_flatten(v)
         shapes = [numpy.shape(_plain(leaf)) for leaf in given]
         if other != structure or [numpy.shape(_plain(leaf)) for leaf in along] != shapes:
-            raise ShapeMismatch(f"Objective.hvp: v has structure {other}; expected that of params, {structure}, and shapes")
+            raise ShapeMismatch(
+                f"Objective.hvp: v has structure {other}; expected that of params, {structure}, and shapes"
+            )
         with backend.activate(self.device):
             if self._ready is not None:
                 backend.follow(self._ready)
             arrays = [self._parameter(leaf) for leaf in given]
             directions = [self._parameter(leaf) for leaf in along]
-            directions = [d if d.dtype == a.dtype else d.astype(a.dtype) for d, a in zip(directions, arrays, strict=True)]
+            directions = [
+                d if d.dtype == a.dtype else d.astype(a.dtype) for d, a in zip(directions, arrays, strict=True)
+            ]
         found = self._program("product", arrays, structure)
         with backend.activate(self.device), numpy.errstate(all="ignore"):
             if isinstance(found, RowProgram):
@@ -379,7 +383,7 @@ class Objective:
         if isinstance(why, str) and not self._told:
             self._told.add(why)
             warnings.warn(
-                f"Objective: the loss runs operation by operation, which is right but slower, as it cannot be captured: {why}",
+                f"Objective: the loss runs operation by operation, right but slower, as it cannot be captured: {why}",
                 CaptureWarning,
                 stacklevel=4,
             )

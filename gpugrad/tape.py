@@ -472,10 +472,13 @@ class Tape(AbstractContextManager["Tape"]):
         order = reachable([target._node])
         # Inside the block of another tape (or its own, if it persists), inside a transform, or with other leaves
         # about, the sweep itself is recorded: that is how second derivatives are taken.
-        create = recording.capturing is not None or (recording.on and (
-            any(tape is not self or self._persistent for tape in _open.tapes)
-            or any(_is_others(node, (*nodes, *watched.values())) for node in order)
-        ))
+        create = recording.capturing is not None or (
+            recording.on
+            and (
+                any(tape is not self or self._persistent for tape in _open.tapes)
+                or any(_is_others(node, (*nodes, *watched.values())) for node in order)
+            )
+        )
         given = (
             ones_like(target._node, target._data)
             if output_gradients is None

@@ -239,7 +239,10 @@ def vjp(fun: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tu
     tensors = any(type(given) is Tensor for given in inputs.given)
     kind = next((g for g in inputs.given if type(g) is Tensor), inputs.given[0] if inputs.given else 0.0)
     shown = [
-        o if type(o) is not Tensor or (create and recording.capturing is None) else _like(o._data, kind if tensors else o.data, plain) for o in outputs
+        o
+        if type(o) is not Tensor or (create and recording.capturing is None)
+        else _like(o._data, kind if tensors else o.data, plain)
+        for o in outputs
     ]
 
     def pull(cotangent: Any) -> tuple[Any, ...]:

@@ -121,7 +121,9 @@ class Capture:
     def strong(self, given: Any) -> Any:
         """Return an argument of `grad` as it is differentiated: a Python float becomes a float64 scalar."""
         if type(given) is Tensor and isinstance(given._data, Tracer) and given._data.value.weak:
-            out = self._add(_op.registry["astype"], (given._data.value,), {"dtype": "float64"}, [((), "float64", False)])
+            out = self._add(
+                _op.registry["astype"], (given._data.value,), {"dtype": "float64"}, [((), "float64", False)]
+            )
             return self.tensor(out[0], FLOAT, given._node)
         return given
 
@@ -183,9 +185,7 @@ class Capture:
             node = _op._record(op, mine, values, parents, params, tracers, mine[: len(tracers)], self.device)
         if op.outputs == 1:
             return box(tracers[0], node)
-        return tuple(
-            box(t, None if node is None else _op.output_node(node, i, t)) for i, t in enumerate(tracers)
-        )
+        return tuple(box(t, None if node is None else _op.output_node(node, i, t)) for i, t in enumerate(tracers))
 
     def _add(self, op: Op, inputs: tuple[Value, ...], params: dict[str, Any], avals: Any) -> tuple[Value, ...]:
         outputs = tuple(Value(shape, dtype, weak) for shape, dtype, weak in avals)
@@ -202,7 +202,8 @@ def capture(fun: Callable[..., Any], leaves: Sequence[Any], structure: Any, devi
     recorder = Capture(device, name)
     inputs = [leaf[0] for leaf in leaves if _is_traced(leaf)]
     given = [recorder.tensor(*leaf) if _is_traced(leaf) else leaf for leaf in leaves]
-    args, kwargs = optree.tree_unflatten(structure, given)
+    unflattened: Any = optree.tree_unflatten(structure, given)
+    args, kwargs = unflattened
     before = recording.capturing
     recording.capturing = recorder
     try:
@@ -211,7 +212,7 @@ def capture(fun: Callable[..., Any], leaves: Sequence[Any], structure: Any, devi
     except TypeError as error:
         if not isinstance(error, GpugradError):
             error.add_note(
-                f"while gpugrad captured {name}: inside, arrays are Tensors; use gpugrad's functions in place of NumPy's"
+                f"while gpugrad captured {name}: arrays are Tensors in it; use gpugrad's functions in place of NumPy's"
             )
         raise
     finally:
@@ -415,7 +416,8 @@ def _permuted_shape(inputs: Sequence[Value], params: dict[str, Any]) -> tuple[in
 def _view_shape(inputs: Sequence[Value], params: dict[str, Any]) -> tuple[int, ...]:
     # a view of one element repeated: indexing by slices costs nothing, whatever the shape
     sample = numpy.broadcast_to(numpy.zeros(()), inputs[0].shape)
-    return sample[_on_host(params["index"])].shape
+    shape: tuple[int, ...] = sample[_on_host(params["index"])].shape
+    return shape
 
 
 def _concat_shape(inputs: Sequence[Value], params: dict[str, Any]) -> tuple[int, ...]:
@@ -425,7 +427,9 @@ def _concat_shape(inputs: Sequence[Value], params: dict[str, Any]) -> tuple[int,
             a == b or i == axis % v.ndim for i, (a, b) in enumerate(zip(v.shape, inputs[0].shape, strict=True))
         )
         if not same:
-            raise ValueError(f"concat: shapes {[v.shape for v in inputs]} differ off axis {axis}: dimensions must match")
+            raise ValueError(
+                f"concat: shapes {[v.shape for v in inputs]} differ off axis {axis}: dimensions must match"
+            )
     (axis,) = axes_of(axis, inputs[0].ndim)
     shape = inputs[0].shape
     return (*shape[:axis], sum(v.shape[axis] for v in inputs), *shape[axis + 1 :])
@@ -446,4 +450,14 @@ _SHAPES: dict[str, Callable[[Sequence[Value], dict[str, Any]], tuple[int, ...]]]
     **dict.fromkeys(("sum", "mean", "prod", "max", "min", "logsumexp"), _reduced_shape),
     **dict.fromkeys(("astype", "softmax", "log_softmax", "cumulative_sum", "flip", "roll", "to_device"), _same_shape),
 }
-_SAME_DTYPE = {"reshape", "broadcast_to", "permute_dims", "getitem", "scatter", "flip", "roll", "to_device", "cumulative_sum"}
+_SAME_DTYPE = {
+    "reshape",
+    "broadcast_to",
+    "permute_dims",
+    "getitem",
+    "scatter",
+    "flip",
+    "roll",
+    "to_device",
+    "cumulative_sum",
+}

@@ -1,8 +1,8 @@
 """The CPU executor: runs the steps of a program on NumPy arrays, loops by numba where it is installed.
 
-An `Instance` is a program ready to run: buffers made, views taken, kernels compiled. It belongs to one call at a time; a
-second caller gets one of its own. Results go to memory the caller owns; what he has dropped is used again (`Outputs`),
-since fresh pages cost more than the arithmetic of a large array.
+An `Instance` is a program ready to run: buffers made, views taken, kernels compiled. It belongs to one call at a time;
+a second caller gets one of its own. Results go to memory the caller owns; what he has dropped is used again
+(`Outputs`), since fresh pages cost more than the arithmetic of a large array.
 """
 
 import math
@@ -134,7 +134,7 @@ class Instance:
         at = self.plan.place.get(value)
         if at is None:
             return None
-        array = self.buffers[at][: value.nbytes].view(value.dtype).reshape(value.shape)
+        array: Array = self.buffers[at][: value.nbytes].view(value.dtype).reshape(value.shape)
         self.static[value] = array
         return array
 
@@ -143,7 +143,7 @@ class Instance:
         if array is not None:
             return lambda _env: array
         slot = self.slots[value]
-        return lambda env: env[slot]  # type: ignore[no-any-return]
+        return lambda env: env[slot]
 
     def _kernel(self, step: Kernel) -> Action:
         run, rows, columns, threads = loop_runner(step), step.rows, step.columns, self.threads
@@ -208,6 +208,7 @@ class Instance:
     def _product(self, out: Value, x: Callable[[Env], Array], y: Callable[[Env], Array]) -> Action:
         into = self._bound(out)
         slot = -1 if into is not None else self._slot(out)
+
         def action(env: Env) -> None:
             numpy.matmul(x(env), y(env), out=env[slot] if into is None else into)
 

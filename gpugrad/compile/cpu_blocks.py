@@ -71,9 +71,7 @@ class BlockedLoop:
             for r in range(0, rows, max(step_rows, 1))
             for c in range(0, columns, max(step_columns, 1))
         ]
-        sums = [
-            numpy.zeros({"all": (), "rows": (columns,), "columns": (rows,)}[over]) for _, over in self.loop.sums
-        ]
+        sums = [numpy.zeros({"all": (), "rows": (columns,), "columns": (rows,)}[over]) for _, over in self.loop.sums]
         count = max(1, min(STRIPES, len(blocks)))
         bounds = [len(blocks) * k // count for k in range(count + 1)]
 

@@ -44,7 +44,7 @@ class _Fixed:
 
 
 class RowProgram:
-    """Runs a split program: ``run(arrays, rows, threads) -> outputs``, for any number of rows and by several callers."""
+    """Runs a split program: ``run(arrays, rows, threads) -> outputs``, for any number of rows, by several callers."""
 
     def __init__(self, parts: Split) -> None:
         self.parts = parts
@@ -96,7 +96,7 @@ class RowProgram:
         plan_ = self.pass_plan
         assert plan_ is not None
         assert self.kernel is not None
-        at = dict(zip(self.parts.body.inputs, body, strict=True))
+        at: dict[Value, Any] = dict(zip(self.parts.body.inputs, body, strict=True))
         matrices = [at[v] for v in plan_.matrices]
         weights = [at[v][(slice(None), *index)] for v, index in plan_.weights]
         columns = [at[v][(slice(None), *index)] for v, index in plan_.columns]

@@ -95,7 +95,8 @@ class _Checked:
         self.text = run.text
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
-        return self.run([numpy.asarray(a, dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)])
+        results: list[Any] = self.run([numpy.asarray(a, dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)])
+        return results
 
 
 def executable(program: Program, device: Device) -> Executable:

@@ -1,4 +1,4 @@
-"""What a function depends on beside its arguments, as plain data: to notice that a captured loss means something else now.
+"""What a function depends on beside its arguments, as plain data: to notice when a captured loss means something else.
 
 Seen are its code, defaults, what it closes over, the globals it names, and the attributes of an object that it is a
 method of; functions among those likewise. Numbers, strings and arrays up to 64 KiB count by value, larger arrays and

@@ -51,7 +51,7 @@ class Compiled:
         """Return what the function returns. Raises CaptureError where it cannot be captured."""
         if recording.capturing is not None:  # within another: its equations are that one's
             return self._fun(*args, **kwargs)
-        leaves, structure = optree.tree_flatten((args, kwargs), none_is_leaf=True)
+        leaves, structure = _flat((args, kwargs))
         tracked = recording.on and any(type(leaf) is Tensor and leaf._node is not None for leaf in leaves)
         if tracked:
             return self._differentiable(leaves, structure)
@@ -64,7 +64,7 @@ class Compiled:
     def show(self, *args: Any, **kwargs: Any) -> None:
         """Print the program captured last, or for these arguments: operations, fused loops, buffers, bytes moved."""
         if args or kwargs:
-            self._latest, _ = self._entry(*optree.tree_flatten((args, kwargs), none_is_leaf=True))
+            self._latest, _ = self._entry(*_flat((args, kwargs)))
         if self._latest is None:
             raise CaptureError(f"{self._name} has not been captured yet: call it, or show(*args)")
         print(self._latest.run.text(), file=sys.stdout)
@@ -104,7 +104,7 @@ class Compiled:
                 backend.host_array(array, f"gpugrad.compile: an argument of {self._name}")
                 if device.kind == "cuda":
                     raise DeviceMismatch(
-                        f"gpugrad.compile: {self._name} got arrays on {device!s} and on the cpu; move them to one device"
+                        f"gpugrad.compile: {self._name} got arrays on {device!s} and the cpu; move them to one device"
                     )
         given = [(as_value(leaf), kind) if (kind := kind_of(leaf)) else leaf for leaf in leaves]
         captured = capture(self._fun, given, structure, device, self._name)
@@ -112,8 +112,8 @@ class Compiled:
         self._captures += 1
         if self._captures == MANY_SIGNATURES + 1:
             warnings.warn(
-                f"gpugrad.compile: {self._name} has been captured for {self._captures} signatures; each new shape, dtype "
-                "or static argument costs a capture: pad to few shapes, or call it without gpugrad.compile",
+                f"gpugrad.compile: {self._name} has been captured for {self._captures} signatures; each new shape, "
+                "dtype or static argument costs a capture: pad to few shapes, or call it without gpugrad.compile",
                 CaptureWarning,
                 stacklevel=4,
             )
@@ -131,7 +131,8 @@ class Compiled:
             whole = list(rest)
             for k, tensor in zip(places, tensors, strict=True):
                 whole[k] = tensor
-            args, kwargs = optree.tree_unflatten(structure, whole)
+            given: Any = optree.tree_unflatten(structure, whole)
+            args, kwargs = given
             return self._fun(*args, **kwargs)
 
         detached = [leaf.detach() if k in places else leaf for k, leaf in enumerate(leaves)]
@@ -184,6 +185,10 @@ class Compiled:
         return captured.results(results)
 
 
+def _flat(arguments: Any) -> tuple[list[Any], Any]:
+    return optree.tree_flatten(arguments, none_is_leaf=True)
+
+
 def as_value(leaf: Any) -> Value:
     """Return an array, Tensor or float as an input of a program."""
     if type(leaf) is float:
@@ -198,7 +203,7 @@ def _static(leaf: Any, name: str) -> Any:
         hash(leaf)
     except TypeError:
         raise TypeError(
-            f"gpugrad.compile: an argument of {name} is a {type(leaf).__name__}, which is neither an array, a number nor "
+            f"gpugrad.compile: an argument of {name} is a {type(leaf).__name__}, which is neither an array nor "
             "hashable; pass arrays, or close over it"
         ) from None
     return ("static", type(leaf), leaf)
@@ -222,5 +227,3 @@ def compile(fun: Callable[..., Any]) -> Compiled:
     if not callable(fun):
         raise TypeError(f"gpugrad.compile: expected a function, got a {type(fun).__name__}")
     return fun if isinstance(fun, Compiled) else Compiled(fun)
-
-

@@ -1,10 +1,10 @@
 """Fusion: from a program to few steps, each a kernel, a call of an op as it is, or a view.
 
 A pointwise value is not computed where the program computes it. It is kept as a scalar expression over values that
-exist (`Fuser.expr`), and so are casts, broadcasts and reshapes of it. Only what an op that is not pointwise needs, or the
-caller, becomes an array: it joins an open `Loop` over the same index space, as a sum over that space does, and the loop
-is closed when one of its results is needed. A value that two loops need is computed twice rather than stored, unless
-its expression has grown long.
+exist (`Fuser.expr`), and so are casts, broadcasts and reshapes of it. Only what an op that is not pointwise needs, or
+the caller, becomes an array: it joins an open `Loop` over the same index space, as a sum over that space does, and the
+loop is closed when one of its results is needed. A value that two loops need is computed twice rather than stored,
+unless its expression has grown long.
 
     h = X @ w; r = h - y; loss = sum(r**2); g = (2*r) @ X      X @ w
                                                                loop: r2 = 2*(h - y), loss += (h - y)**2
@@ -309,7 +309,7 @@ def _is_view(eq: Equation) -> bool:
 
 
 def _carried(leaf: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the shape of an operand that broadcasts to `after` as it did to `before`, where elements keep their order."""
+    """Return the shape of an operand that broadcasts to `after` as it did to `before`; None if elements would move."""
     if math.prod(leaf) == 1:
         return ()
     padded = (1,) * (len(before) - len(leaf)) + leaf

@@ -3,9 +3,9 @@
     Loop        pointwise work over a (rows, columns) index space, and sums of its results
     RowPass     one pass over the rows of data matrices: products with parameters, pointwise work, sums over rows
 
-Both are made of scalar expressions (`gpugrad.compile.scalar`) whose inputs are numbered. They hold dtypes and layouts but
-no lengths, except the number of columns of a matrix, so that one kernel serves every number of rows. They are hashable:
-equal kernels are compiled once.
+Both are made of scalar expressions (`gpugrad.compile.scalar`) whose inputs are numbered. They hold dtypes and layouts
+but no lengths, except the number of columns of a matrix, so that one kernel serves every number of rows. They are
+hashable: equal kernels are compiled once.
 """
 
 from dataclasses import dataclass
@@ -63,8 +63,8 @@ class RowPass:
     matrices: dtype and number of columns of each data matrix, (rows, columns), columns next to each other, rows at any
     distance. products: the matrix of each; its weight is a vector (columns,) of the matrix's dtype. columns: dtypes of
     arrays (rows,). scalars: dtypes of numbers that are the same for all rows. Inputs of the expressions are numbered
-    products first, then columns, then scalars. back: (matrix, expression), each giving a vector of the matrix's columns.
-    outputs: stored for each row.
+    products first, then columns, then scalars. back: (matrix, expression), each giving a vector of the matrix's
+    columns. outputs: stored for each row.
     """
 
     matrices: tuple[tuple[str, int], ...]

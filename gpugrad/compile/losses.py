@@ -60,8 +60,8 @@ def loss_program(
 ) -> Split:
     """Return the program of the sum of a loss over rows, split; outputs in float64.
 
-    want: "value" -> the sum; "gradient" -> the sum and the cotangent of each parameter; "product" -> the Hessian times a
-    vector, which comes as more inputs like the parameters. data: as arrays are, of any number of rows. Raises
+    want: "value" -> the sum; "gradient" -> the sum and the cotangent of each parameter; "product" -> the Hessian times
+    a vector, which comes as more inputs like the parameters. data: as arrays are, of any number of rows. Raises
     CaptureError or `rows.NotByRows`, or what the loss raises. scaled: one more input, a number that all losses are
     multiplied by.
     """
@@ -121,7 +121,8 @@ def _captured(
     given = [*leaves, *block, *along]
     if scaled:
         given.append((Value((), "float64", weak=True), FLOAT))
-    _, outer = optree.tree_flatten((tuple(range(len(given))), {}))
+    positions: Any = (tuple(range(len(given))), {})
+    _, outer = optree.tree_flatten(positions)
     name = getattr(loss, "__name__", "loss")
     return simplified(capture(flat, given, outer, device, name).program)
 

@@ -52,7 +52,9 @@ def plan(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value
     copied: list[bool] = []
     written = {v for s in steps if writes_in_place(s) for v in s.outputs}
     for value in outputs:
-        own = value not in inputs and not isinstance(value, Constant) and base.get(value) is value and value not in fresh
+        own = (
+            value not in inputs and not isinstance(value, Constant) and base.get(value) is value and value not in fresh
+        )
         copied.append(not own)
         if own:
             fresh.append(value)
@@ -67,9 +69,7 @@ def plan(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value
                 place[value] = _taken(free, buffers, value.nbytes)
         gone = [v for v, when in last.items() if when == k]
         gone += [v for v in step.outputs if base[v] is v and v not in last]
-        for value in gone:
-            if value in place:
-                free.append(place[value])
+        free.extend(place[v] for v in gone if v in place)
         dies.append([v for v in gone if v not in place])
     return Plan(buffers, place, dies, fresh, copied)
 

@@ -35,11 +35,11 @@ class Value:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return int(math.prod(self.shape))
 
     @property
     def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+        return int(self.size * self.dtype.itemsize)
 
     def __repr__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
@@ -81,7 +81,8 @@ class Program:
         if isinstance(value, Constant):
             if value.ndim or not isinstance(value.array, (bool, int, float, numpy.generic)):
                 return f"constant {value!r}"
-            return repr(value.array if value.weak else value.array.item())
+            number: Any = value.array
+            return repr(number if value.weak else number.item())
         if not self.names:
             for k, v in enumerate(self.inputs):
                 self.names[v] = f"in{k}"

@@ -10,8 +10,8 @@ Where the first axis of the data is examples, most programs are three parts:
 than a block. It is exact, not an approximation: the parts together are the program. A program that uses a sum over the
 rows on the rows again (data centred by its own mean, a softmax over the batch) has no such parts.
 
-`row_pass` goes further: where the body consists of products of data rows with vectors and pointwise work on few numbers a
-row, it becomes one kernel, in which a row is read once for its product and for its share of the gradient.
+`row_pass` goes further: where the body consists of products of data rows with vectors and pointwise work on few numbers
+a row, it becomes one kernel, in which a row is read once for its product and for its share of the gradient.
 """
 
 import math
@@ -42,7 +42,9 @@ WIDE_PARAMETER = 16  # numbers of one kind a row, above which a body is blocks o
 LONG_PASS = 800  # operations a row, likewise
 
 # Ops that work along one or several axes and keep, or drop, those.
-_ALONG = frozenset({"softmax", "log_softmax", "cumulative_sum", "flip", "roll", "logsumexp", "max", "min", "prod", "sum"})
+_ALONG = frozenset(
+    {"softmax", "log_softmax", "cumulative_sum", "flip", "roll", "logsumexp", "max", "min", "prod", "sum"}
+)
 
 
 class NotByRows(Exception):
@@ -146,7 +148,7 @@ class _Splitter:
         if name == "matmul":
             return self._product_kind(eq, kinds)
         if name == "permute_dims" and x.ndim == 2:
-            turned = tuple(params["axes"])[0] % 2 == 1
+            turned = params["axes"][0] % 2 == 1
             return "turned" if (kinds[0] == "row") == turned else "row"
         if "turned" in kinds:
             beside = [v.ndim < 2 or v.shape[1] == 1 for v, k in zip(eq.inputs, kinds, strict=True) if k == "uniform"]
@@ -176,7 +178,9 @@ class _Splitter:
         elif name == "concat":
             if params["axis"] % out.ndim and "uniform" not in kinds:
                 return "row"
-        elif (name == "outer" and kinds == ["row", "uniform"]) or (name == "vecdot" and kinds == ["row", "row"] and x.ndim > 1):
+        elif (name == "outer" and kinds == ["row", "uniform"]) or (
+            name == "vecdot" and kinds == ["row", "row"] and x.ndim > 1
+        ):
             return "row"
         raise NotByRows(f"{name} works across rows")
 
@@ -205,7 +209,7 @@ class _Splitter:
         narrowed: list[Equation] = []
         alias: dict[Value, Value] = {}
         arrived: dict[Value, Value] = {}
-        for out, partial in self.totals:
+        for out, _ in self.totals:
             arrived[out] = Value(out.shape, "float64")
             narrow = equation("astype", (arrived[out],), out.shape, out.dtype, dtype=str(out.dtype))
             narrowed.append(narrow)
@@ -461,8 +465,10 @@ class _Scalars:
         if a.size * b.size > 2 * WIDE_PARAMETER:
             raise NotByRows("an outer product of computed rows")
         # a 1-d (rows,) has no axis left; (rows, k) has k
-        table = _each(lambda u, v: apply("mul", u, v), *numpy.broadcast_arrays(a[..., None], b)) if a.ndim else _each(
-            lambda v: apply("mul", a[()], v), b
+        table = (
+            _each(lambda u, v: apply("mul", u, v), *numpy.broadcast_arrays(a[..., None], b))
+            if a.ndim
+            else _each(lambda v: apply("mul", a[()], v), b)
         )
         if b.ndim == 0 and a.ndim:
             table = _each(lambda u: apply("mul", u, b[()]), a)

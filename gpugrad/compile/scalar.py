@@ -105,7 +105,7 @@ class Expr(Abstract):
     """
 
     __slots__ = ("args", "dtype", "fn", "value", "weak")
-    place = CPU  # type: ignore[misc]  # whatever the device, a formula is the same
+    place = CPU  # whatever the device, a formula is the same
     __array_ufunc__ = None  # NumPy scalars leave binary operators to us
 
     fn: str
@@ -139,7 +139,7 @@ class Expr(Abstract):
     def __float__(self) -> float:
         raise NotExpressible("the formula asks for a value")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]  # all raise
+    __int__ = __index__ = __float__  # all raise
 
     def __neg__(self) -> "Expr":
         return apply("neg", self)
@@ -281,7 +281,10 @@ def apply(fn: str, *values: Any) -> Expr:
         fn = {"add": "or", "mul": "and", "maximum": "or", "minimum": "and"}[fn]
     weak = all(a.weak for a in args) and fn in ("add", "sub", "mul", "div", "pow", "neg", "abs")
     if fn == "where":
-        args = (cast(args[0], BOOL) if args[0].dtype == BOOL else apply("ne", args[0], 0), *(cast(a, loop) for a in args[1:]))
+        args = (
+            cast(args[0], BOOL) if args[0].dtype == BOOL else apply("ne", args[0], 0),
+            *(cast(a, loop) for a in args[1:]),
+        )
     elif not weak:
         args = tuple(cast(a, loop) for a in args)
     if all(a.fn == "const" for a in args):
@@ -431,4 +434,3 @@ def run(roots: Sequence[Expr], inputs: Sequence[Any]) -> list[Any]:
             else:
                 values[id(e)] = FUNCTIONS[e.fn](*(values[id(a)] for a in e.args))
     return [values[id(e)] for e in roots]
-

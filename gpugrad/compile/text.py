@@ -29,7 +29,9 @@ def step_lines(program: Program, steps: Sequence[Step], made: Plan) -> list[str]
         if isinstance(step, Kernel):
             lines.append(f"  {left} = loop {step.rows} x {step.columns} ({inputs})   {_shown(nbytes)}")
             names = dict(enumerate(map(name, step.inputs)))
-            lines += [f"      {name(v)} = {formula(e, names)}" for v, e in zip(step.outputs, step.loop.outputs, strict=True)]
+            lines += [
+                f"      {name(v)} = {formula(e, names)}" for v, e in zip(step.outputs, step.loop.outputs, strict=True)
+            ]
             lines += [
                 f"      {name(v)} = sum over {over} of {formula(e, names)}"
                 for v, (e, over) in zip(step.sums, step.loop.sums, strict=True)
@@ -58,7 +60,18 @@ def pass_lines(kernel: RowPass, rows: str = "rows") -> list[str]:
     return lines
 
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+_SIGNS = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "eq": "==",
+    "ne": "!=",
+}
 _LONG = 400
 
 

@@ -370,7 +370,9 @@ equal = _comparison("equal", operator.eq, "x == y.")
 not_equal = _comparison("not_equal", operator.ne, "x != y.")
 logical_and = _comparison("logical_and", operator.and_, "x & y of booleans.")
 logical_or = _comparison("logical_or", operator.or_, "x | y of booleans.")
-logical_not = nondiff("logical_not", forward=lambda xp, x: ~x, reason=_BOOLEAN, doc="Not x, of booleans.", pointwise=True)
+logical_not = nondiff(
+    "logical_not", forward=lambda xp, x: ~x, reason=_BOOLEAN, doc="Not x, of booleans.", pointwise=True
+)
 isnan = nondiff("isnan", forward=lambda xp, x: xp.isnan(x), reason=_BOOLEAN, doc="Whether x is NaN.", pointwise=True)
 isfinite = nondiff(
     "isfinite",
