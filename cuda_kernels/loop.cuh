@@ -1,8 +1,8 @@
 // Pointwise work over (rows, columns) with any sums of its results fused in; what generated kernels are made of.
 //
-// loop        a thread keeps to its pack of N adjacent columns and walks down the rows (Place in sums.cuh): what all rows
-//             share is read once a thread, what all columns share once a row. Sums over everything and over the rows.
-//             `rest` elements beyond rows * cols, fewer than a pack, are done by the last block, one a thread.
+// loop        a thread keeps to its pack of N adjacent columns and walks down the rows (Place in sums.cuh): what all
+//             rows share is read once a thread, what all columns share once a row. Sums over everything and over the
+//             rows. `rest` elements beyond rows * cols, fewer than a pack, are done by the last block, one a thread.
 // row_sums    `across` adjacent lanes, a power of two up to 32, walk along a row: sums over the columns, and over
 //             everything.
 //
@@ -16,8 +16,8 @@
 
 namespace gpugrad {
 
-// Given, what gpugrad/compile/cuda_code.py writes, holds pointers and numbers and the constants ALL, ROWS, COLUMNS: how many
-// sums there are over everything, the rows, the columns. Work<N> is made of it and has
+// Given, what gpugrad/compile/cuda_code.py writes, holds pointers and numbers and the constants ALL, ROWS, COLUMNS: how
+// many sums there are over everything, the rows, the columns. Work<N> is made of it and has
 //
 //   across(column)              what all rows have in the pack that begins there
 //   load(row, column)           the rest of what the pack needs
@@ -49,7 +49,8 @@ __device__ __forceinline__ void pack(Work<N>& work, Sums<N, Given>& sums, long l
 
 // The sums over everything of this block.
 template <class Given, int N>
-__device__ __forceinline__ void add_all(const Sums<N, Given>& sums, double* partial, long long blocks, long long block) {
+__device__ __forceinline__ void add_all(const Sums<N, Given>& sums, double* partial, long long blocks,
+                                        long long block) {
 #pragma unroll
   for (int s = 0; s < Given::ALL; ++s) {
     if (s > 0) __syncthreads();  // block_sum's shared memory is one

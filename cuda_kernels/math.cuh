@@ -43,7 +43,7 @@ template <class A> struct Sigmoid {
   __device__ __forceinline__ Sigmoid(A s, A c) : s(s), c(c) {}
 };
 
-constexpr int some(int count) { return count > 0 ? count : 1; }  // for arrays, of which none is empty
+__device__ constexpr int some(int count) { return count > 0 ? count : 1; }  // for arrays, of which none is empty
 
 template <int BYTES> struct access { using type = uint4; };
 template <> struct access<8> { using type = uint2; };

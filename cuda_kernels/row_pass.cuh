@@ -2,25 +2,25 @@
 //
 //   z = x . w;  pointwise work on z and what else there is of the row;  sum += term;  g += r * x
 //
-// A row lies in the registers of GROUP adjacent lanes of a warp, a lane with every GROUP-th pack of N columns (16 bytes,
-// or one element where rows are not aligned). GROUP = 8, SET = 8, four groups in a warp, 32 columns of float:
+// A row lies in the registers of GROUP adjacent lanes of a warp, a lane with every GROUP-th pack of N columns (16
+// bytes, or one element where rows are not aligned). GROUP = 8, SET = 8, four groups in a warp, 32 columns of float:
 //
 //     lane in group      0      1    ...   7        a lane holds a pack of each of SET rows
 //     row 0 of the set  |0123||4567| ... |28..|     1. it multiplies each by its share of w: SET partial products
-//     row 1             |0123||4567| ... |28..|     2. SET - 1 shuffles add them up over the group such that lane k has
-//     ...                                              z of row k: the work on z is done once a row, by all lanes
+//     row 1             |0123||4567| ... |28..|     2. SET - 1 shuffles add them up over the group such that lane k
+//     ...                                              has z of row k: the work on z is done once a row, by all lanes
 //     row 7             |0123||4567| ... |28..|     3. r of row k goes to the group by a shuffle; each lane adds r * x
 //                                                      to its share of g
 //
-// Where a row is so wide that SET < GROUP, lanes beyond SET do the work of lane k % SET once more, and it is not counted.
-// SETS sets are in flight at a time. A batch of a warp is 32 / GROUP * SET * SETS adjacent rows; what a row has beside x
-// is read by the lane that works on it, adjacent lanes adjacent rows.
+// Where SET < GROUP, lanes beyond SET do the work of lane k % SET once more, and it is not counted. SETS sets are under
+// way at a time. A batch of a warp is 32 / GROUP * SET * SETS adjacent rows; what a row has beside x is read by the
+// lane that works on it, adjacent lanes adjacent rows.
 //
 // g is added up in A and folded into double every FOLD rows, in shared memory, by the thread that added it; then over
 // the groups of the block, in their order; terms of sums are added in double throughout. The block's sums go to
 // partial: of each sum [block], of each g [block][column]; add_totals adds them in the order of the blocks. No atomics:
 // the same data, sizes and alignment give the same bits. g in float is off by at most 4e-6 of the sum of magnitudes
-// (3e-7 where terms are random), in double by 1e-15, beside what r has; z by (columns / GROUP + 5) roundings at the most.
+// (3e-7 where terms are random), in double by 1e-15, beside what r has; z by columns / GROUP + 5 roundings at most.
 #pragma once
 
 #include "expressions.cuh"
@@ -117,8 +117,8 @@ __device__ __forceinline__ A transposed_sum(A (&z)[SET]) {
   }
 }
 
-// Work is what gpugrad/compile/cuda_code.py writes. It has the constants GROUP, SET, SETS; PRODUCTS, SUMS, BACK (how many of each);
-// SLOTS (elements a lane of all vectors g); the types A and Given; and
+// Work is what gpugrad/compile/cuda_code.py writes. It has the constants GROUP, SET, SETS; PRODUCTS, SUMS, BACK (how
+// many there are); SLOTS (elements a lane has of all vectors g); the types A and Given; and
 //
 //   load(h, row, there)               the rows numbered h of all matrices
 //   read(row, given)                  what else the row has
