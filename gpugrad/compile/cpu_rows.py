@@ -56,6 +56,7 @@ class RowProgram:
         self.kernel: Callable[..., Any] | None = None
         if self.pass_plan is not None:
             self.kernel = _compiled(self.pass_plan)
+        self.fresh = True
         self.fixed: dict[int, _Fixed] = {}
         self.lock = threading.Lock()
         self._block_rows = 0
@@ -64,6 +65,10 @@ class RowProgram:
 
     def run(self, arrays: Sequence[Array], rows: int, threads: int, block_rows: int | None = None) -> list[Array]:
         """Return the outputs. arrays: the program's inputs, of which row inputs have `rows` rows."""
+        if self.fresh:  # its loops compile when they first run
+            self.fresh = False
+            with cpu_code.compiling():
+                return self.run(arrays, rows, threads, block_rows)
         program = self.parts.program
         data = [a for a, v in zip(arrays, program.inputs, strict=True) if self._is_row(v)]
         uniform = [a for a, v in zip(arrays, program.inputs, strict=True) if not self._is_row(v)]

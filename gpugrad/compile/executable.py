@@ -9,7 +9,7 @@ import numpy
 
 from gpugrad import backend
 from gpugrad.backend import Device
-from gpugrad.compile import cuda_rows
+from gpugrad.compile import cpu_code, cuda_rows
 from gpugrad.compile.cpu import Instance, Outputs
 from gpugrad.compile.cpu_rows import OPERAND_BYTES, RowProgram, rows_of
 from gpugrad.compile.fuse import Fuser
@@ -93,8 +93,13 @@ class _Checked:
     def __init__(self, run: Any, program: Program) -> None:
         self.run, self.dtypes = run, [v.dtype.newbyteorder("=") for v in program.inputs]
         self.text = run.text
+        self.fresh = True
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        if self.fresh:  # its loops compile when they first run
+            self.fresh = False
+            with cpu_code.compiling():
+                return self(arrays)
         results: list[Any] = self.run([numpy.asarray(a, dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)])
         return results
 

@@ -39,6 +39,7 @@ from gpugrad.op import registry
 from gpugrad.ops.shape import axes_of
 
 WIDE_PARAMETER = 16  # numbers of one kind a row, above which a body is blocks of rows and no single kernel
+MANY_PRODUCTS = 8  # with one row, above which a matrix product by blocks is the quicker
 LONG_PASS = 800  # operations a row, likewise
 
 # Ops that work along one or several axes and keep, or drop, those.
@@ -433,7 +434,7 @@ class _Scalars:
                 raise NotByRows("a product of two dtypes")
             m, first = self._matrix(x), len(self.products)
             count = 1 if y.ndim == 1 else y.shape[1]
-            if first + count > WIDE_PARAMETER:
+            if first + count > MANY_PRODUCTS:
                 raise NotByRows("a product with a wide matrix")
             for j in range(count):
                 self.products.append((m, y, () if y.ndim == 1 else (j,)))
