@@ -1055,7 +1055,7 @@ class RawKernel:
 
     def __init__(self, code, name, options=(), *args, **kwargs):
         self._kernel = originals.real("cupy").RawKernel(code, name, options, *args, **kwargs)
-        self.code, self.name, self.options = code, name, options
+        self.code, self.name, self.options, self._compiled = code, name, options, False
 
     def __getattr__(self, name):
         return getattr(self._kernel, name)
@@ -1074,17 +1074,21 @@ class RawKernel:
         if get_current_stream().is_capturing():  # a graph has addresses
             plain = [numpy.uintp(a.ctypes.data) if isinstance(a, HOST) and not a.dtype.names else a for a in plain]
 
-        def work():
+        if not self._compiled:  # other threads must not find CuPy's own modules while a kernel runs
             with originals.as_it_was():
-                emulator.run_raw(
-                    self.code,
-                    self.name,
-                    tuple(grid),
-                    tuple(block),
-                    plain,
-                    shared_mem=shared_mem,
-                    options=self.options,
-                )
+                emulator.compiled_raw(self.code, self.name, tuple(self.options))
+            self._compiled = True
+
+        def work():
+            emulator.run_raw(
+                self.code,
+                self.name,
+                tuple(grid),
+                tuple(block),
+                plain,
+                shared_mem=shared_mem,
+                options=self.options,
+            )
 
         # which are written is the kernel's secret
         if not captured((), arrays, work):

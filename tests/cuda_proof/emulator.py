@@ -454,7 +454,7 @@ def run_elementwise(kernel, args, kwargs=None, *, wide=False, flush=None, revers
 
 
 @functools.cache
-def _compiled_raw(source: str, name: str, options: tuple[str, ...]) -> _Compiled:
+def compiled_raw(source: str, name: str, options: tuple[str, ...]) -> _Compiled:
     includes = re.findall(r"^[ \t]*#include .*$", source, re.MULTILINE)
     text = re.sub(r"^[ \t]*#include .*$", "", source, flags=re.MULTILINE)
     text = DYNAMIC.sub(r"\1 *const \2 = reinterpret_cast<\1 *>(gg::dynamic_shared);", text)
@@ -514,7 +514,7 @@ def run_raw(
         raise ValueError(f"{name}: grid {grid} is too large: at most (2**31 - 1, 65535, 65535)")
     if shared_mem > 48 * 1024:
         raise ValueError(f"{name}: {shared_mem} bytes of dynamic shared memory: at most 49152 without asking for more")
-    compiled = _compiled_raw(source, name, tuple(options))
+    compiled = compiled_raw(source, name, tuple(options))
     values = [_value(a) for a in args]
     for i, ((_, kind), wanted) in enumerate(zip(values, compiled.kinds, strict=False)):
         address = wanted == "p" and kind == "i" and isinstance(args[i], (np.uintp, np.int64, np.intp))
