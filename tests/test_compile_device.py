@@ -619,6 +619,51 @@ def test_an_operand_that_must_be_copied_is_in_no_graph(stand_in: Any) -> None:
     assert [g.captured for g in graphs_of(compiled)] == [0]
 
 
+def other_numbers_of_rows(cupy: Any) -> None:
+    """One pass for any number of rows: what blocks leave needs more room when more rows come."""
+    p, (x, y) = regression(cupy)
+    few = gg.Objective(linear, (x[:50], y[:50]))
+    many = gg.Objective(linear, (x, y))
+    many._programs = few._programs
+    right = [host(eager(linear, obj.data).evaluate(p)[1]["w"]) for obj in (few, many)]
+    graphs = 0
+    for _ in range(3):
+        for obj, want in ((few, right[0]), (many, right[1])):
+            for _ in range(6):
+                with cupy.counting() as count:
+                    _, g = obj.evaluate(p)
+                graphs += count.launches == 1
+                assert_allclose(g["w"], want, rtol=1e-5, atol=1e-6)
+    assert graphs > 6
+
+
+def test_graphs_go_when_what_they_write_to_moves(stand_in: Any) -> None:
+    other_numbers_of_rows(stand_in)
+
+
+def test_a_graph_on_memory_that_moved_is_caught(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.Memory, "moved", property(lambda self: 0, lambda self, value: None), raising=False)
+    with pytest.raises(AssertionError):  # Freed is one
+        other_numbers_of_rows(stand_in)
+
+
+def test_memory_is_let_go_at_once(stand_in: Any) -> None:
+    """Without waiting for the garbage collector: where memory runs out, it is needed now."""
+    x = stand_in.asarray(np.eye(40, dtype="f4"))
+    pool = stand_in.get_default_memory_pool()
+    gc.collect()
+    gc.disable()
+    try:
+        compiled = gg.compile(deep)
+        compiled(x)
+        (entry,) = compiled._entries.values()
+        held = pool.used_bytes()
+        entry.run.release()
+        assert pool.used_bytes() <= held - 3 * x.nbytes
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------------------------------------------- planted faults
 
 

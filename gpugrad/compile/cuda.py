@@ -27,6 +27,7 @@ from gpugrad.compile.program import Constant, Program, Value
 from gpugrad.compile.scalar import FUNCTIONS, in_order
 from gpugrad.compile.text import describe
 
+LAYOUTS = 16  # of operands that a kernel stays bound to
 STREAMS = 4  # on which a program keeps instances
 GRAPHS = 16  # that an instance keeps, by addresses
 REPEATED = 64  # addresses remembered, to see which come again
@@ -78,13 +79,18 @@ def number_at(place: int, value: Any, dtype: Any) -> list[tuple[int, Any]]:
 class OwnKernel(Kernel):
     """A step that is another kernel than a loop."""
 
-    def action(self, owner: "Instance") -> Action:
+    def action(self, memory: "Memory") -> Action:
         """Bind to buffers."""
         raise NotImplementedError
 
 
-class Instance:
-    """Steps bound to buffers: ``run(arrays) -> outputs``, which are the caller's. Belongs to one call at a time."""
+class Memory:
+    """Where the values of an `Instance` are: buffers, constants, sums, and slots for what a call brings.
+
+    copies: how many operands had to be copied so far, as a kernel could not read them where they lay. moved: how often
+    memory that kernels are bound to was replaced by other. (Steps hold this and not the Instance, which holds them: no
+    cycle keeps memory of a device until the garbage collector comes.)
+    """
 
     def __init__(
         self, steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value], device: Device
@@ -92,52 +98,12 @@ class Instance:
         self.device = device
         self.cupy, self.xp = backend.cupy(), backend.namespace_of_device(device)
         self.plan = plan(steps, inputs, outputs)
-        self.inputs = inputs
         self.buffers = [self.cupy.empty(n, dtype=numpy.uint8) for n in self.plan.buffers]
         self.slots: dict[Value, int] = {}
         self.static: dict[Value, Any] = {}
+        self.copies = self.moved = 0
         for value in inputs:
             self.slot(value)
-        written = {v for s in steps if isinstance(s, Kernel) for v in (*s.outputs, *s.sums)}
-        written |= {v for s in steps if isinstance(s, Call) and s.equation.op.name == "matmul" for v in s.outputs}
-        self.fresh = [(self.slot(v), v.shape, v.dtype) for v in self.plan.fresh if v in written]
-        self.copies = 0  # of operands that a loop could not read as they lay, in all runs so far
-        self.views: list[Action] = []
-        self.actions: list[Action] = []
-        own = True  # all steps are kernels of ours, or views
-        for step, gone in zip(steps, self.plan.dies, strict=True):
-            if isinstance(step, Kernel):
-                action: Action | None = self._kernel(step)
-                own = own and not isinstance(action, _ByOperations)
-            else:
-                action = self._call(step)
-                if action is not None:
-                    own = own and isinstance(step, View)
-                    self.views.append(action)
-            if action is not None:
-                self.actions.append(action)
-            dead = [self.slots[v] for v in gone if v in self.slots]
-            if dead:
-                self.actions.append(_dropping(dead))
-        self.results = [(self.getter(v), copied) for v, copied in zip(outputs, self.plan.copied, strict=True)]
-        self.count = len(self.slots)
-        self.graphs = _Graphs() if own else None
-
-    def run(self, arrays: Sequence[Any]) -> list[Any]:
-        """Run on the current stream; arrays of the inputs' shapes and dtypes, numbers for those of the host."""
-        env: Env = [None] * self.count
-        env[: len(arrays)] = arrays
-        for slot, shape, dtype in self.fresh:
-            env[slot] = self.cupy.empty(shape, dtype=dtype)
-        if self.graphs is None or not self.graphs.replayed(self, env):
-            for action in self.actions:
-                action(env)
-        return [self._owned(get(env)) if copied else get(env) for get, copied in self.results]
-
-    def _owned(self, value: Any) -> Any:
-        return value.copy() if backend.is_cuda_array(value) else value
-
-    # ------------------------------------------------------------------------------------------------ binding
 
     def slot(self, value: Value) -> int:
         return self.slots.setdefault(value, len(self.slots))
@@ -180,69 +146,123 @@ class Instance:
         laid = array if array.shape == shape else array.reshape(shape)
         if layout != "column" and laid.size and laid.strides[-1] != laid.itemsize and laid.shape[-1] > 1:
             laid = self.cupy.ascontiguousarray(laid)
-        self.copies += laid is not array and laid.base is None
+        self.copies += _root(laid) is not _root(array)
         return laid
 
-    def _kernel(self, step: Kernel) -> Action:
-        if isinstance(step, OwnKernel):
-            return step.action(self)
-        parts = _codes(step.loop)
-        if parts is None:
-            return _ByOperations(self, step)
-        actions = [_LoopAction(self, step, code, outputs, sums) for code, outputs, sums in parts]
-        return actions[0] if len(actions) == 1 else _sequence(actions)
-
-    def _call(self, step: Call) -> Action | None:
-        eq = step.equation
-        params = {k: self._placed(v) for k, v in eq.params.items()}
-        forward, xp, pointwise = eq.op.forward, self.xp, eq.op.pointwise
-        bound = [self.bound(v) for v in eq.inputs]
-        if isinstance(step, View) and backend.is_cuda_array(bound[0]):
-            view = forward(xp, *bound, **params)
-            if view is bound[0] or view.base is not None or not view.size:
-                self.static[eq.outputs[0]] = view
-                return None
-        gets = [self.getter(v) for v in eq.inputs]
-        if eq.op.name == "matmul":
-            return self._product(eq.outputs[0], *gets)
-        slots = [self.slot(v) for v in eq.outputs]
-        dtypes = [v.dtype for v in eq.outputs]
-        fresh = [v in self.plan.fresh for v in eq.outputs]
-        one = eq.op.outputs == 1
-        viewing = isinstance(step, View)
-
-        def action(env: Env) -> None:
-            given = [get(env) for get in gets]
-            if not pointwise:
-                given = [a if backend.is_cuda_array(a) else xp.asarray(a) for a in given]
-            out = forward(xp, *given, **params)
-            for slot, dtype, part, own in zip(slots, dtypes, (out,) if one else out, fresh, strict=True):
-                array = part if backend.is_cuda_array(part) else xp.asarray(part, dtype=dtype)
-                if array.dtype != dtype:
-                    array = array.astype(dtype)
-                shared = any(_root(array) is _root(a) for a in given if backend.is_cuda_array(a))
-                # an op may hand out its argument, or a view of it, whose buffer others are about to use
-                if shared and (own or not viewing):
-                    array, shared = array.copy(), False
-                self.copies += viewing and not shared
-                env[slot] = array
-
-        return action
-
-    def _product(self, out: Value, x: Get, y: Get) -> Action:
-        into, matmul = self.bound(out), self.cupy.matmul
-        slot = -1 if into is not None else self.slot(out)
-
-        def action(env: Env) -> None:
-            matmul(x(env), y(env), out=env[slot] if into is None else into)
-
-        return action
-
-    def _placed(self, parameter: Any) -> Any:
+    def placed(self, parameter: Any) -> Any:
         """Return a static parameter with the arrays in it on the device, so that no call uploads them."""
         if isinstance(parameter, tuple):
-            return tuple(map(self._placed, parameter))
+            return tuple(map(self.placed, parameter))
         return backend.to_device(parameter, self.device) if isinstance(parameter, numpy.ndarray) else parameter
+
+
+class Instance:
+    """Steps bound to buffers: ``run(arrays) -> outputs``, which are the caller's. Belongs to one call at a time."""
+
+    def __init__(
+        self, steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value], device: Device
+    ) -> None:
+        self.memory = memory = Memory(steps, inputs, outputs, device)
+        self.inputs = len(inputs)
+        written = {v for s in steps if isinstance(s, Kernel) for v in (*s.outputs, *s.sums)}
+        written |= {v for s in steps if isinstance(s, Call) and s.equation.op.name == "matmul" for v in s.outputs}
+        self.fresh = [(memory.slot(v), v.shape, v.dtype) for v in memory.plan.fresh if v in written]
+        self.views: list[Action] = []
+        self.actions: list[Action] = []
+        own = True  # all steps are kernels of ours, or views
+        for step, gone in zip(steps, memory.plan.dies, strict=True):
+            if isinstance(step, Kernel):
+                action: Action | None = _kernel(memory, step)
+                own = own and not isinstance(action, _ByOperations)
+            else:
+                action = _call(memory, step)
+                if action is not None:
+                    own = own and isinstance(step, View)
+                    self.views.append(action)
+            if action is not None:
+                self.actions.append(action)
+            dead = [memory.slots[v] for v in gone if v in memory.slots]
+            if dead:
+                self.actions.append(_dropping(dead))
+        self.results = [(memory.getter(v), copied) for v, copied in zip(outputs, memory.plan.copied, strict=True)]
+        self.count = len(memory.slots)
+        self.graphs = _Graphs() if own else None
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        """Run on the current stream; arrays of the inputs' shapes and dtypes, numbers for those of the host."""
+        env: Env = [None] * self.count
+        env[: len(arrays)] = arrays
+        for slot, shape, dtype in self.fresh:
+            env[slot] = self.memory.cupy.empty(shape, dtype=dtype)
+        if self.graphs is None or not self.graphs.replayed(self, env):
+            for action in self.actions:
+                action(env)
+        return [_owned(get(env)) if copied else get(env) for get, copied in self.results]
+
+
+def _owned(value: Any) -> Any:
+    return value.copy() if backend.is_cuda_array(value) else value
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+def _kernel(memory: Memory, step: Kernel) -> Action:
+    if isinstance(step, OwnKernel):
+        return step.action(memory)
+    parts = _codes(step.loop)
+    if parts is None:
+        return _ByOperations(memory, step)
+    actions = [_LoopAction(memory, step, code, outputs, sums) for code, outputs, sums in parts]
+    return actions[0] if len(actions) == 1 else _sequence(actions)
+
+
+def _call(memory: Memory, step: Call) -> Action | None:
+    eq = step.equation
+    params = {k: memory.placed(v) for k, v in eq.params.items()}
+    forward, xp, pointwise = eq.op.forward, memory.xp, eq.op.pointwise
+    bound = [memory.bound(v) for v in eq.inputs]
+    if isinstance(step, View) and backend.is_cuda_array(bound[0]):
+        view = forward(xp, *bound, **params)
+        if _root(view) is _root(bound[0]) or not view.size:
+            memory.static[eq.outputs[0]] = view
+            return None
+    gets = [memory.getter(v) for v in eq.inputs]
+    if eq.op.name == "matmul":
+        return _product(memory, eq.outputs[0], *gets)
+    slots = [memory.slot(v) for v in eq.outputs]
+    dtypes = [v.dtype for v in eq.outputs]
+    fresh = [v in memory.plan.fresh for v in eq.outputs]
+    one = eq.op.outputs == 1
+    viewing = isinstance(step, View)
+
+    def action(env: Env) -> None:
+        given = [get(env) for get in gets]
+        if not pointwise:
+            given = [a if backend.is_cuda_array(a) else xp.asarray(a) for a in given]
+        out = forward(xp, *given, **params)
+        for slot, dtype, part, own in zip(slots, dtypes, (out,) if one else out, fresh, strict=True):
+            array = part if backend.is_cuda_array(part) else xp.asarray(part, dtype=dtype)
+            if array.dtype != dtype:
+                array = array.astype(dtype)
+            shared = any(_root(array) is _root(a) for a in given if backend.is_cuda_array(a))
+            # an op may hand out its argument, or a view of it, whose buffer others are about to use
+            if shared and (own or not viewing):
+                array, shared = array.copy(), False
+            memory.copies += viewing and not shared
+            env[slot] = array
+
+    return action
+
+
+def _product(memory: Memory, out: Value, x: Get, y: Get) -> Action:
+    into, matmul = memory.bound(out), memory.cupy.matmul
+    slot = -1 if into is not None else memory.slot(out)
+
+    def action(env: Env) -> None:
+        matmul(x(env), y(env), out=env[slot] if into is None else into)
+
+    return action
 
 
 def _root(array: Array) -> Array:
@@ -290,34 +310,34 @@ class _LoopAction:
     """Launches a loop. Operands and results are bound where they are always the same arrays."""
 
     def __init__(
-        self, owner: Instance, step: Kernel, code: cuda_code.LoopCode, outputs: Sequence[int], sums: Sequence[int]
+        self, memory: Memory, step: Kernel, code: cuda_code.LoopCode, outputs: Sequence[int], sums: Sequence[int]
     ) -> None:
-        self.owner, self.code, self.rows, self.columns = owner, code, step.rows, step.columns
+        self.memory, self.code, self.rows, self.columns = memory, code, step.rows, step.columns
         self.layouts = step.loop.inputs
         self.given: list[Any] = []  # what is always the same, None for what a call brings
         self.gets: list[Get | None] = []
         for value, (layout, _) in zip(step.inputs, step.loop.inputs, strict=True):
-            array = owner.bound(value)
+            array = memory.bound(value)
             if array is not None and layout != "scalar" and not isinstance(value, Constant):
-                before = owner.copies
-                owner.laid_out(array, layout, self.rows, self.columns)
-                if owner.copies != before:  # to be copied in every run
+                before = memory.copies
+                memory.laid_out(array, layout, self.rows, self.columns)
+                if memory.copies != before:  # to be copied in every run
                     self.given.append(None)
-                    self.gets.append(owner.getter(value))
+                    self.gets.append(memory.getter(value))
                     continue
             if array is not None:
-                array = owner.laid_out(array, layout, self.rows, self.columns)
+                array = memory.laid_out(array, layout, self.rows, self.columns)
             self.given.append(array)
-            self.gets.append(None if array is not None else owner.getter(value))
-        self.outputs = [(owner.bound(v), owner.slot(v)) for v in (step.outputs[k] for k in outputs)]
+            self.gets.append(None if array is not None else memory.getter(value))
+        self.outputs = [(memory.bound(v), memory.slot(v)) for v in (step.outputs[k] for k in outputs)]
         values = [step.sums[k] for k in sums]
         self.overs = [step.loop.sums[k][1] for k in sums]
         terms = [step.loop.sums[k][0].dtype for k in sums]
-        self.sums = [(owner.total(v), owner.slot(v), dtype) for v, dtype in zip(values, terms, strict=True)]
+        self.sums = [(memory.total(v), memory.slot(v), dtype) for v, dtype in zip(values, terms, strict=True)]
         self.templates: dict[Hashable, Template] = {}
 
     def __call__(self, env: Env) -> None:
-        owner, rows, columns = self.owner, self.rows, self.columns
+        memory, rows, columns = self.memory, self.rows, self.columns
         inputs = list(self.given)
         key: list[Hashable] = []
         operands: list[tuple[int, Any]] = []
@@ -325,7 +345,7 @@ class _LoopAction:
             if get is None:
                 continue
             layout, dtype = self.layouts[k]
-            value = inputs[k] = owner.laid_out(get(env), layout, rows, columns)
+            value = inputs[k] = memory.laid_out(get(env), layout, rows, columns)
             if layout == "scalar":
                 operands += number_at(4 + 2 * k, value, dtype)
             else:
@@ -344,8 +364,8 @@ class _LoopAction:
         for (array, slot, terms), over in zip(self.sums, self.overs, strict=True):
             target = env[slot] if array is None else array
             if over == "columns" and terms != target.dtype:  # stored in the dtype of its terms
-                casts.append((target, target := owner.cupy.empty(target.shape, dtype=terms)))
-                owner.copies += 1
+                casts.append((target, target := memory.cupy.empty(target.shape, dtype=terms)))
+                memory.copies += 1
             sums.append(target)
             if over == "columns":
                 operands.append((at, target))
@@ -368,8 +388,9 @@ class _LoopAction:
         found = self.templates.get(key)
         if found is None:
             bound, _ = self.code.bind(inputs, outputs, self.rows, self.columns, sums)
-            if len(self.templates) >= 16:
+            if len(self.templates) >= LAYOUTS:
                 self.templates.clear()
+                self.memory.moved += 1
             found = self.templates[key] = Template(bound, frozenset(at for at, _ in operands))
         return found
 
@@ -377,14 +398,14 @@ class _LoopAction:
 class _ByOperations:
     """Runs a loop that CUDA code is not written for, operation by operation on CuPy."""
 
-    def __init__(self, owner: Instance, step: Kernel) -> None:
-        self.owner, self.step = owner, step
-        self.gets = [owner.getter(v) for v in step.inputs]
-        self.outputs = [(owner.bound(v), owner.slot(v)) for v in step.outputs]
-        self.sums = [(owner.total(v), owner.slot(v)) for v in step.sums]
+    def __init__(self, memory: Memory, step: Kernel) -> None:
+        self.memory, self.step = memory, step
+        self.gets = [memory.getter(v) for v in step.inputs]
+        self.outputs = [(memory.bound(v), memory.slot(v)) for v in step.outputs]
+        self.sums = [(memory.total(v), memory.slot(v)) for v in step.sums]
 
     def __call__(self, env: Env) -> None:
-        step, xp = self.step, self.owner.cupy
+        step, xp = self.step, self.memory.cupy
         rows, columns = step.rows, step.columns
         shapes = {"full": (rows, columns), "row": (1, columns), "column": (rows, 1), "scalar": ()}
         values: dict[int, Any] = {}
@@ -430,7 +451,7 @@ class _Graphs:
     def __init__(self) -> None:
         self.kept: OrderedDict[Hashable, Any] = OrderedDict()
         self.seen: OrderedDict[Hashable, None] = OrderedDict()
-        self.captured = self.replays = 0
+        self.captured = self.replays = self.moved = 0
         self.stopped = False
         self.stream: Any = None
 
@@ -438,7 +459,11 @@ class _Graphs:
         """Run a call as a graph if its addresses came before. Tells whether it did."""
         if self.stopped:
             return False
-        slots = [*range(len(instance.inputs)), *(slot for slot, _, _ in instance.fresh)]
+        if self.moved != instance.memory.moved:  # a graph has the addresses of what was there
+            self.kept.clear()
+            self.seen.clear()
+            self.moved = instance.memory.moved
+        slots = [*range(instance.inputs), *(slot for slot, _, _ in instance.fresh)]
         key = tuple(_address(env[slot]) for slot in slots)
         graph = self.kept.get(key)
         if graph is None:
@@ -446,11 +471,11 @@ class _Graphs:
                 self.seen[key] = None
                 if len(self.seen) > REPEATED:
                     self.seen.popitem(last=False)
-                before = instance.copies
+                before = instance.memory.copies
                 for action in instance.actions:
                     action(env)
                 # a copy made on the way would be freed, and its memory given to others, while the graph writes to it
-                self.stopped = instance.copies != before
+                self.stopped = instance.memory.copies != before
                 return True
             if self.captured >= TRIED and self.replays < self.captured:
                 self.stopped = True
@@ -471,7 +496,7 @@ class _Graphs:
 
     def _captured(self, instance: Instance, env: Env) -> Any:
         """Return the graph of a call, None where it cannot be captured. Nothing runs."""
-        cuda = instance.cupy.cuda
+        cuda = instance.memory.cupy.cuda
         self.captured += 1
         try:
             if self.stream is None:

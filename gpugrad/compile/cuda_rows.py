@@ -17,11 +17,12 @@ from gpugrad import backend
 from gpugrad.backend import Array, Device
 from gpugrad.compile import cuda_code
 from gpugrad.compile.cuda import (
+    LAYOUTS,
     Action,
     DeviceProgram,
     Env,
     Get,
-    Instance,
+    Memory,
     OwnKernel,
     Template,
     executable,
@@ -59,27 +60,27 @@ class Pass(OwnKernel):
     results: tuple[Result, ...]
     scale: Value | None = None
 
-    def action(self, owner: Instance) -> Action:
+    def action(self, memory: Memory) -> Action:
         """Bind to buffers."""
-        return _PassAction(owner, self)
+        return _PassAction(memory, self)
 
 
 class _PassAction:
-    def __init__(self, owner: Instance, step: Pass) -> None:
-        self.owner, self.step, self.code = owner, step, step.code
+    def __init__(self, memory: Memory, step: Pass) -> None:
+        self.memory, self.step, self.code = memory, step, step.code
         plan_ = step.plan
-        self.operands: list[tuple[Get, Any]] = [(owner.getter(v), None) for v in plan_.matrices]
+        self.operands: list[tuple[Get, Any]] = [(memory.getter(v), None) for v in plan_.matrices]
         vectors = [*plan_.weights, *plan_.columns]
-        self.operands += [(owner.getter(v), (slice(None), *index) if index else None) for v, index in vectors]
-        self.scalars = [(owner.getter(v), i) for v, i in plan_.scalars]
+        self.operands += [(memory.getter(v), (slice(None), *index) if index else None) for v, index in vectors]
+        self.scalars = [(memory.getter(v), i) for v, i in plan_.scalars]
         self.scalar_dtypes = plan_.kernel.scalars
-        self.outputs = [(owner.bound(v), owner.slot(v)) for v in step.outputs]
-        self.scale = owner.getter(step.scale) if step.scale is not None else None
+        self.outputs = [(memory.bound(v), memory.slot(v)) for v in step.outputs]
+        self.scale = memory.getter(step.scale) if step.scale is not None else None
         self.totals: list[tuple[str, int, float, bool, Any, Any]] = []
         self.turned: list[tuple[Any, Any, Array]] = []
         for result in step.results:
-            array = owner.total(result.value)
-            slot = owner.slot(result.value) if array is None else None
+            array = memory.total(result.value)
+            slot = memory.slot(result.value) if array is None else None
             self._place(result, slot, array)
         self.partial: Array | None = None
         self.rows = 0
@@ -92,7 +93,7 @@ class _PassAction:
         common = (result.factor, result.scaled)
         if kind == "back" and len(numbers) > 1:
             columns = result.value.size // len(numbers)
-            held = self.owner.cupy.empty((len(numbers), columns), dtype=result.value.dtype)
+            held = self.memory.cupy.empty((len(numbers), columns), dtype=result.value.dtype)
             self.turned.append((slot, array, held))
             self.totals += [("back", n, *common, None, held[k]) for k, n in enumerate(numbers)]
             return
@@ -111,8 +112,8 @@ class _PassAction:
         matrices = len(self.step.plan.matrices)
         for k in range(matrices):
             if arrays[k].strides[-1] != arrays[k].itemsize and arrays[k].shape[-1] > 1:
-                arrays[k] = self.owner.cupy.ascontiguousarray(arrays[k])
-                self.owner.copies += 1
+                arrays[k] = self.memory.cupy.ascontiguousarray(arrays[k])
+                self.memory.copies += 1
         numbers = []
         for get, index in self.scalars:
             value = get(env)
@@ -139,7 +140,7 @@ class _PassAction:
         for slot, array, held in self.turned:
             into = env[slot] if array is None else array
             into.reshape(-1, len(held))[...] = held.T
-            self.owner.copies += 1
+            self.memory.copies += 1
 
     def _bound(
         self,
@@ -155,12 +156,14 @@ class _PassAction:
         if self.partial is None or rows > self.rows:
             self.partial, self.rows = self.code.partial(rows), rows
             self.templates.clear()
+            self.memory.moved += 1
         m, w = len(plan_.matrices), len(plan_.weights)
         results = [(kind, n, factor, to) for (kind, n, *_), (_, to, factor) in zip(self.totals, totals, strict=True)]
         bound = self.code.bind(arrays[:m], arrays[m : m + w], arrays[m + w :], numbers, outputs, results, self.partial)
         template = self.templates[key] = Template(bound, frozenset(at for at, _ in operands))
-        while len(self.templates) > 16:
+        if len(self.templates) > LAYOUTS:
             self.templates.popitem(last=False)
+            self.memory.moved += 1
         return template
 
 
