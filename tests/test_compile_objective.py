@@ -14,7 +14,7 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import errors, objective
-from gpugrad.compile import cpu_code
+from gpugrad.compile import cpu_code, function
 from gpugrad.compile.cpu_rows import RowProgram
 from gpugrad.compile.fingerprint import fingerprint
 
@@ -143,7 +143,7 @@ def test_linear_models_are_one_pass(name: str, dtype: Any, captured: str, rng: n
     same(obj.hvp(p, v), eager.hvp(p, v), 20 * rtol)
     for program in programs(obj):
         if not program.parts.body.equations:
-            assert name in ("quantile", "one column"), "only a loss of no curvature leaves nothing to do for its Hessian"
+            assert name in ("quantile", "one column"), "only no curvature leaves nothing for a Hessian"
             continue
         assert program.pass_plan is not None, "not recognised as one pass over the rows"
         assert (program.kernel is not None) == (captured == "compiled")
@@ -216,6 +216,33 @@ def test_minimize_and_mini_batches(rng: np.random.Generator) -> None:
             for make in (gg.Objective, eagerly)
         ]
         same(results[0].params, results[1].params, 1e-7)
+
+
+def test_minimize_captures_a_function_over_large_data(monkeypatch: Any, rng: np.random.Generator) -> None:
+    X = rng.normal(size=(40_000, 4))
+    y = X @ np.array([1.0, -2.0, 0.5, 3.0])
+    scale = 1.0
+
+    def fun(w: Any) -> Any:
+        return scale * gg.mean((X @ w - y) ** 2)
+
+    monkeypatch.setattr(function, "has_compiler", lambda: True)
+    unasked = function.Unasked(gg.value_and_grad(fun), fun)
+    same(unasked(np.ones(4)), gg.value_and_grad(fun)(np.ones(4)), 1e-10)
+    assert isinstance(unasked._run, function.Compiled)
+    scale = 3.0
+    same(unasked(np.ones(4)), gg.value_and_grad(fun)(np.ones(4)), 1e-10)
+    np.testing.assert_allclose(gg.minimize(fun, np.zeros(4)).params, [1.0, -2.0, 0.5, 3.0], rtol=1e-6)
+
+    def branching(w: Any) -> Any:
+        return gg.mean((X @ w - y) ** 2) if float(w[0]) > -10 else gg.sum(w)
+
+    with pytest.warns(errors.CaptureWarning, match="a value is read"):
+        assert gg.minimize(branching, np.zeros(4)).success
+    few = X[:10], y[:10]
+    small = function.Unasked(lambda w: w, lambda w: few)
+    small(1.0)
+    assert not isinstance(small._run, function.Compiled)
 
 
 def test_batches_share_what_was_captured(rng: np.random.Generator) -> None:

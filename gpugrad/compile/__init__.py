@@ -5,6 +5,6 @@ key captures (`capture`), drops what does nothing (`program`), fuses (`fuse`), p
 executable for the device (`cpu`, `cuda`); the others run it.
 """
 
-from gpugrad.compile.function import Compiled, compile
+from gpugrad.compile.function import Compiled, Unasked, compile
 
-__all__ = ["Compiled", "compile"]
+__all__ = ["Compiled", "Unasked", "compile"]

@@ -89,7 +89,7 @@ class Capture:
     def __init__(self, device: Device, name: str) -> None:
         self.device, self.name = device, name
         self.equations: list[Equation] = []
-        self.constants: dict[int, Constant] = {}
+        self.constants: dict[Any, Constant] = {}
         self.start = next(_op._sequence)
 
     def refused(self, what: str, remedy: str) -> CaptureError:
@@ -109,9 +109,12 @@ class Capture:
         """Return the value of an array or number that is known."""
         if type(array) in (bool, int, float):
             return Constant(array)
-        found = self.constants.get(id(array))
+        # by its place in memory: views of the same elements are the same constant
+        at = array.data.ptr if backend.is_cuda_array(array) else array.__array_interface__["data"][0]
+        key = (at, array.shape, array.strides, array.dtype) if array.ndim else id(array)
+        found = self.constants.get(key)
         if found is None:
-            found = self.constants[id(array)] = Constant(array)  # holds the array, so that its id stays its own
+            found = self.constants[key] = Constant(array)  # holds the array, so that its place stays its own
         return found
 
     def lift(self, number: Any) -> Tracer:

@@ -109,8 +109,9 @@ class Instance:
         for value, slot, shape, dtype in self.fresh:
             k = self.first.get(value, len(into))
             env[slot] = into[k] if k < len(into) else self.memory.take(shape, dtype)
-        for action in self.actions:
-            action(env)
+        with numpy.errstate(all="ignore"):  # NaN and infinity are answers here; the loops say nothing of them either
+            for action in self.actions:
+                action(env)
         results = [get(env) for get, _ in self.results]
         for k, (_, copied) in enumerate(self.results):
             if k < len(into):

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy
@@ -14,11 +15,12 @@ from gpugrad.compile.cpu import Instance, Outputs
 from gpugrad.compile.cpu_rows import OPERAND_BYTES, RowProgram, rows_of
 from gpugrad.compile.fuse import Fuser
 from gpugrad.compile.plan import plan
-from gpugrad.compile.program import Equation, Program
+from gpugrad.compile.program import Constant, Equation, Program, Value
 from gpugrad.compile.rows import NotByRows, split
 from gpugrad.compile.text import describe
 from gpugrad.threads import single_threaded_blas
 
+DATA_BYTES = 1 << 16  # of an array that a function closes over, from which on it is data and no constant
 LARGE_BYTES = 1 << 20  # of data or of what is kept from step to step, above which work by rows pays
 SMALL_FLOPS = 2e8  # of all products of a program: a few milliseconds
 
@@ -104,8 +106,30 @@ class _Checked:
         return results
 
 
+class _WithData:
+    """Gives an executable the large arrays that the function closed over, which are arguments to it like others."""
+
+    def __init__(self, run: Executable, arrays: list[Any]) -> None:
+        self.run, self.arrays = run, arrays
+        self.text = run.text
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        return self.run([*arrays, *self.arrays])
+
+
 def executable(program: Program, device: Device) -> Executable:
     """Return a program ready to run on a device."""
+    used = dict.fromkeys(v for eq in program.equations for v in eq.inputs)
+    large = [v for v in used if isinstance(v, Constant) and v.nbytes >= DATA_BYTES]
+    data: dict[Value, Value] = {v: Value(v.shape, v.dtype) for v in large}
+    if not data:
+        return _executable(program, device)
+    equations = [replace(eq, inputs=tuple(data.get(v, v) for v in eq.inputs)) for eq in program.equations]
+    opened = Program((*program.inputs, *data.values()), equations, program.outputs, program.name)
+    return _WithData(_executable(opened, device), [v.array for v in large])
+
+
+def _executable(program: Program, device: Device) -> Executable:
     if device.kind == "cuda":
         return cuda_rows.compiled(program, device)
     whole = _Whole(program)

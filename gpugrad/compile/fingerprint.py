@@ -7,7 +7,7 @@ other objects by identity: a large array that a captured function closes over mu
 
 import functools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -17,6 +17,20 @@ _DEEP = 5
 _SMALL = 1 << 16
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, numpy.generic, numpy.dtype)
 _LIBRARIES = ("gpugrad", "numpy", "cupy", "math", "builtins", "functools", "operator", "scipy")
+
+
+class _Large(NamedTuple):
+    """An array that counts by identity."""
+
+    identity: int
+    nbytes: int
+
+
+def data_bytes(meaning: Any) -> int:
+    """Return the bytes of large arrays that a fingerprint has in it."""
+    if isinstance(meaning, _Large):
+        return meaning.nbytes
+    return sum(map(data_bytes, meaning)) if isinstance(meaning, tuple) else 0
 
 
 def fingerprint(fun: Any) -> Any:
@@ -32,6 +46,8 @@ def _of(value: Any, deep: int, within: set[int]) -> Any:
         value = value._data
     if isinstance(value, numpy.ndarray) and value.nbytes <= _SMALL and value.dtype.kind != "O":
         return value.shape, value.dtype.str, value.tobytes()
+    if hasattr(value, "nbytes") and hasattr(value, "dtype"):
+        return _Large(id(value), int(value.nbytes))
     if deep == 0 or id(value) in within or isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
         return id(value)
     within = within | {id(value)}

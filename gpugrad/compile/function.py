@@ -14,7 +14,9 @@ import optree
 from gpugrad import backend
 from gpugrad import op as _op
 from gpugrad.compile.capture import FLOAT, TENSOR, Captured, capture, kind_of
+from gpugrad.compile.cpu import has_compiler
 from gpugrad.compile.executable import Executable, executable
+from gpugrad.compile.fingerprint import data_bytes, fingerprint
 from gpugrad.compile.program import Value, simplified
 from gpugrad.errors import CaptureError, CaptureWarning, DeviceMismatch
 from gpugrad.op import Op, recording
@@ -22,6 +24,8 @@ from gpugrad.tensor import Tensor
 from gpugrad.transforms import vjp
 
 SIGNATURES = 64  # that are kept for one function, the least recently used let go first
+LARGE = 1 << 20  # bytes of data, from which on compiling a function unasked pays
+SLOWER = "the function runs operation by operation, right but slower, as it cannot be captured"
 MANY_SIGNATURES = 8  # captured for one function, above which a warning says so
 
 
@@ -187,6 +191,47 @@ class Compiled:
 
 def _flat(arguments: Any) -> tuple[list[Any], Any]:
     return optree.tree_flatten(arguments, none_is_leaf=True)
+
+
+class Unasked:
+    """A function of one argument that is captured where that pays, and runs as it is where it does not or cannot be.
+
+    It pays over data of `LARGE` bytes and more that the function closes over; the meaning of `source` (what the
+    function was made from) is looked at in every call, and captured anew when it has changed. Where a function over
+    such data cannot be captured, a CaptureWarning says so once.
+    """
+
+    def __init__(self, fun: Callable[[Any], Any], source: Any) -> None:
+        self._fun, self._source = fun, source
+        self._meaning: Any = None
+        self._run = fun
+        self._told = False
+
+    def __call__(self, argument: Any) -> Any:
+        if not {"raise", "call"}.isdisjoint(numpy.geterr().values()):
+            return self._fun(argument)  # who wants to hear of overflows hears of them from NumPy
+        meaning = fingerprint(self._source)
+        if meaning != self._meaning:
+            self._meaning = meaning
+            self._run = self._chosen(argument)
+        return self._run(argument)
+
+    def _chosen(self, argument: Any) -> Callable[[Any], Any]:
+        leaves, structure = _flat(((argument,), {}))
+        arrays = [leaf._data if type(leaf) is Tensor else leaf for leaf in leaves]
+        device = next((backend.device_of(a) for a in arrays if backend.is_cuda_array(a)), backend.CPU)
+        if data_bytes(self._meaning) < LARGE or (device.kind == "cpu" and not has_compiler()):
+            return self._fun
+        given = [(as_value(leaf), kind) if (kind := kind_of(leaf)) else leaf for leaf in leaves]
+        try:
+            capture(self._fun, given, structure, device, getattr(self._source, "__name__", "the function"))
+        except Exception as error:  # whatever it does: it may well run as it is
+            if not self._told:
+                self._told = True
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"{SLOWER}: {why}", CaptureWarning, stacklevel=4)
+            return self._fun
+        return Compiled(self._fun)
 
 
 def as_value(leaf: Any) -> Value:

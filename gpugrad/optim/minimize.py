@@ -12,6 +12,7 @@ import numpy
 
 from gpugrad import backend
 from gpugrad.backend import Array
+from gpugrad.compile import Unasked
 from gpugrad.errors import ShapeMismatch
 from gpugrad.optim.first_order import (
     SGD,
@@ -121,8 +122,7 @@ def _evaluator(obj: Any) -> Evaluator:
         )
     from gpugrad.transforms import value_and_grad
 
-    derived: Evaluator = value_and_grad(obj)
-    return derived
+    return Unasked(value_and_grad(obj), obj)
 
 
 class _Run:
