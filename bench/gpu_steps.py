@@ -490,9 +490,14 @@ def _linear(
     def expected() -> Any:
         return numbers(np, *(_numbers(a) for a in (w, X, y)))
 
-    def gpugrad() -> Implementation:
+    def gpugrad(captured: bool = True) -> Implementation:
         objective = gg.Objective(loss, (X, y), device=str(meter.where))
+        objective._capturing = captured
         return Implementation(lambda: objective.evaluate(w), _waits(meter), lambda: objective.evaluate(w))
+
+    def compiled() -> Implementation:
+        run = functools.partial(gg.compile(gg.value_and_grad(lambda w, X, y: gg.mean(loss(w, X, y)))), w, X, y)
+        return Implementation(run, _waits(meter), run)
 
     def cupy() -> Implementation:
         run = functools.partial(numbers, meter.cupy, w, X, y)
@@ -522,6 +527,8 @@ def _linear(
         f"{name} {rows:,} x {columns} float32, value and gradient",
         {
             "gpugrad": gpugrad,
+            "gpugrad op by op": functools.partial(gpugrad, captured=False),
+            "gpugrad.compile": compiled,
             "cupy": cupy,
             "torch": lambda: torch_by(lambda f: f),
             **({} if classes else {"torch.compile": lambda: torch_by(_torch().compile)}),
@@ -531,6 +538,7 @@ def _linear(
         1e-4,
         note="GB/s counts X once",
         moved=4 * rows * columns,
+        targets=({"peer": "gpugrad op by op", "least": 2.0},),
     )
 
 
@@ -632,20 +640,28 @@ def _network(meter: Meter, rows: int, sizes: tuple[int, ...], name: str) -> Step
         value, gradients = _by_hand(np, *(([_numbers(a) for a in flat]), _numbers(X), _numbers(y)))
         return [value, *gradients]
 
-    def gpugrad() -> Implementation:
+    def gpugrad(captured: bool = True) -> Implementation:
         objective = gg.Objective(
             lambda p, X, y: gg.squared_error(gg.nn.mlp(p, X)[:, 0], y), (X, y), device=str(meter.where)
         )
+        objective._capturing = captured
+        return training(objective.evaluate)
+
+    def compiled() -> Implementation:
+        slopes = gg.compile(gg.value_and_grad(lambda p: gg.mean(gg.squared_error(gg.nn.mlp(p, X)[:, 0], y))))
+        return training(slopes)
+
+    def training(evaluate: Callable[[Any], Any]) -> Implementation:
         optimizer = gg.optim.Adam(1e-3)
         params = [layers]
 
         def run() -> Any:
-            value, grads = objective.evaluate(params[0])
+            value, grads = evaluate(params[0])
             params[0] = optimizer.step(params[0], grads)
             return value
 
         def check() -> list[Any]:
-            value, grads = objective.evaluate(layers)
+            value, grads = evaluate(layers)
             return [value, *(layer[key] for layer in grads for key in ("W", "b"))]
 
         return Implementation(run, _waits(meter), check)
@@ -736,6 +752,8 @@ def _network(meter: Meter, rows: int, sizes: tuple[int, ...], name: str) -> Step
         f"{name} {'-'.join(map(str, sizes))} swish, {rows:,} rows float32: forward, backward, Adam",
         {
             "gpugrad": gpugrad,
+            "gpugrad op by op": functools.partial(gpugrad, captured=False),
+            "gpugrad.compile": compiled,
             "cupy": cupy,
             "torch": lambda: torch_by(lambda f: f),
             **({"torch.compile": lambda: torch_by(_torch().compile)} if rows <= 256 else {}),

@@ -50,6 +50,8 @@ def test_from_end_to_end(stand_in, tmp_path, capsys):
     assert stand_in.get_default_memory_pool().get_limit() == 0  # the streamed step put it back
     small = report["steps"][-1]["peers"]
     assert 0 < small["gpugrad"]["launches"] < small["cupy"]["launches"] / 3
+    assert small["gpugrad"]["launches"] < small["gpugrad op by op"]["launches"]
+    assert small["gpugrad.compile"]["launches"] < small["gpugrad op by op"]["launches"]
     assert "every pointwise float32 kernel" in report["targets"][0]["what"]
 
 

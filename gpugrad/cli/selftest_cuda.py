@@ -386,7 +386,7 @@ def short_of_memory(run: Run) -> None:
         with run.case("blocks halved"), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             objective = gg.Objective(loss, (run.put(X), run.put(y)), device=where, block_size=rows)
-            with _room(pool, rows * 8 * 4 * 2):  # the tape of all rows takes more
+            with _room(pool, rows * 8 * 4):  # a hidden layer of all rows: more is kept between steps
                 compare(objective.value_and_grad(params), want)
             found = [w for w in said if issubclass(w.category, DeviceMemoryWarning)]
             run.holds("warnings", len(found) == 1, f"{len(found)} of them", "one")
