@@ -381,6 +381,15 @@ def test_fingerprints() -> None:
         def loss(self, w: Any) -> Any:
             return w * self.alpha
 
+    fingerprint(lambda w: w * float(np.ndarray is np.generic))  # classes have attributes that are no values
+
+    class Shy:
+        def __getattr__(self, name: str) -> Any:
+            raise OSError(name)
+
+    shy = Shy()
+    X = np.ones((10, 2))
+    assert gg.Objective(lambda w, X: (X @ w) * (1.0 if shy else 2.0), (X,)).value(np.ones(2)) == 2.0
     model = Model()
     before = fingerprint(model.loss)
     assert before == fingerprint(model.loss)

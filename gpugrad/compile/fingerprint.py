@@ -46,9 +46,11 @@ def _of(value: Any, deep: int, within: set[int]) -> Any:
         value = value._data
     if isinstance(value, numpy.ndarray) and value.nbytes <= _SMALL and value.dtype.kind != "O":
         return value.shape, value.dtype.str, value.tobytes()
+    if isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
+        return id(value)
     if hasattr(value, "nbytes") and hasattr(value, "dtype"):
         return _Large(id(value), int(value.nbytes))
-    if deep == 0 or id(value) in within or isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
+    if deep == 0 or id(value) in within:
         return id(value)
     within = within | {id(value)}
     if isinstance(value, (tuple, list)):

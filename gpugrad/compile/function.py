@@ -210,7 +210,10 @@ class Unasked:
     def __call__(self, argument: Any) -> Any:
         if not {"raise", "call"}.isdisjoint(numpy.geterr().values()):
             return self._fun(argument)  # who wants to hear of overflows hears of them from NumPy
-        meaning = fingerprint(self._source)
+        try:
+            meaning = fingerprint(self._source)
+        except Exception:  # an object that does not want to be looked at
+            return self._fun(argument)
         if meaning != self._meaning:
             self._meaning = meaning
             self._run = self._chosen(argument)
