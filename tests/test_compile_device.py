@@ -416,11 +416,12 @@ def test_launches_of_mini_batches(loss: Any, stand_in: Any) -> None:
 def test_launches_of_a_hessian_vector_product(stand_in: Any) -> None:
     p, data = regression(stand_in)
     obj = gg.Objective(logistic, data)
-    obj.hvp(p, p)
-    with stand_in.counting() as count:
-        obj.hvp(p, p)
-    assert count.launches <= 4
-    assert count.syncs == 0
+    for _ in range(6):
+        with stand_in.counting() as count:
+            obj.hvp(p, p)
+        assert 1 <= count.launches <= 2
+        assert count.syncs == 0
+    assert count.launches == 1  # a graph
 
 
 def mlp_loss(p: Any, x: Any, y: Any) -> Any:

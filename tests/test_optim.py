@@ -1167,9 +1167,9 @@ def test_a_hidden_wait_is_caught(stand_in, regression, fault, monkeypatch):
 def test_launches_of_a_training_step(stand_in):
     """A step on a small batch costs what its launches cost: 16 for two hidden layers, 23 before losses were captured.
 
-    Eight products: one a layer forward, two a layer backward but for the first. Bias and activation of a layer are one
-    loop, and backward two launches with the gradient of the bias; the loss with its slope, the value and the gradient
-    of the last bias are two. The update is one.
+    Seven products: one a layer forward, two a layer backward but for the first, and none where one factor is a column.
+    Five loops: bias and activation of a hidden layer, the loss with its slope, and for each hidden layer backward; the
+    last three add up too, which takes a launch more each. The update is one.
     """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(256, 32)).astype("float32"), rng.normal(size=256).astype("float32")

@@ -29,13 +29,14 @@ from gpugrad.compile.cuda import (
     layout_of,
     number_at,
 )
-from gpugrad.compile.fuse import Fuser, Step
+from gpugrad.compile.fuse import Fuser, Kernel, Step, View
 from gpugrad.compile.kernels import Loop
 from gpugrad.compile.losses import Want, loss_program
 from gpugrad.compile.plan import plan
 from gpugrad.compile.program import Constant, Equation, Program, Value, equation, live
 from gpugrad.compile.rows import NotByRows, PassPlan, Split, resized, row_pass, split
 from gpugrad.compile.text import pass_lines, step_lines
+from gpugrad.op import registry
 
 RESULTS = (numpy.dtype(numpy.float32), numpy.dtype(numpy.float64))  # dtypes that the last launch writes
 SIZES = 8  # numbers of rows that a loss keeps programs for
@@ -198,7 +199,27 @@ def pass_steps(parts: Split, scale: Value | None = None) -> list[Step] | None:
         tuple(results),
         scale,
     )
-    return [*Fuser(parts.before).steps, step, *Fuser(rest).steps]
+    return [*_without_copies(Fuser(parts.before).steps), step, *Fuser(rest).steps]
+
+
+def _without_copies(steps: Sequence[Step]) -> list[Step]:
+    """Return steps in which values that are only read may be views of others, not copies."""
+    out: list[Step] = []
+    for step in steps:
+        if not isinstance(step, Kernel):
+            out.append(step)
+            continue
+        kept = []
+        for value, e in zip(step.outputs, step.loop.outputs, strict=True):
+            source = step.inputs[e.value] if e.fn == "input" else value
+            if source is value or source.weak or (source.size, source.dtype) != (value.size, value.dtype):
+                kept.append((value, e))
+            else:
+                out.append(View(Equation(registry["reshape"], (source,), {"shape": value.shape}, (value,))))
+        if kept or step.sums:
+            loop = replace(step.loop, outputs=tuple(e for _, e in kept))
+            out.append(replace(step, loop=loop, outputs=tuple(v for v, _ in kept)))
+    return out
 
 
 def outputs_of(parts: Split) -> tuple[Value, ...]:

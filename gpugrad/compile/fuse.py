@@ -30,6 +30,7 @@ from gpugrad.compile.scalar import (
     in_order,
     substitute,
 )
+from gpugrad.op import registry
 from gpugrad.ops.shape import axes_of
 
 LONG = 160  # operations in an expression, above which it is stored and not computed again
@@ -210,9 +211,24 @@ class Fuser:
         if isinstance(value, Constant):
             return
         group = self.pending.get(value)
+        if group is None and self._is_another(value):
+            return
         if group is None:
             group = self._join(value.shape, (value, self.expr[value]))
         self._close(group)
+
+    def _is_another(self, value: Value) -> bool:
+        """Make a value a view where it is, element by element, what another is: nothing is to be computed."""
+        e = self.expr[value]
+        if e.fn != "input":
+            return False
+        leaf = self.leaves[e.value]
+        if leaf is value or leaf.size != value.size or leaf.dtype != value.dtype or leaf.weak or value.weak:
+            return False
+        self._demand(leaf)
+        self.steps.append(View(Equation(registry["reshape"], (leaf,), {"shape": value.shape}, (value,))))
+        self.ready.add(value)
+        return True
 
     def _join(self, shape: tuple[int, ...], root: "_Sum | tuple[Value, Expr]") -> _Group:
         """Put a result into an open loop over the same elements, or into a new one."""
