@@ -19,7 +19,7 @@ MISSES_SHOWN = 40  # a group
 
 # In this order, since on a GPU the ops take longest at first, with their many small kernels to compile.
 SUMS = (selftest_sums.sums, selftest_sums.layouts, selftest_sums.models, selftest_sums.optimisers, selftest_sums.fits)
-CUDA = (selftest_cuda.every_kernel, selftest_cuda.memory, selftest_cuda.short_of_memory)
+CUDA = (selftest_cuda.every_kernel, selftest_cuda.captured, selftest_cuda.memory, selftest_cuda.short_of_memory)
 OPS = (selftest_ops.ops,)
 
 

@@ -341,6 +341,36 @@ def memory(run: Run) -> None:
                 run.holds("memory in use after it", after == before, f"{after:,} bytes", f"{before:,} as before")
 
 
+def captured(run: Run) -> None:
+    """Functions of `gpugrad.compile`, called until graphs of them are replayed, with float64 on the CPU."""
+    rng, rows = np.random.default_rng(21), 1_003 if run.quick else 100_003
+    X, y, w = rng.normal(size=(rows, 20)), rng.normal(size=rows), rng.normal(size=20)
+    W, classes = rng.normal(size=(20, 3)), np.eye(3)[rng.integers(0, 3, rows)]
+    layers = [{k: host(v) for k, v in layer.items()} for layer in gg.nn.init_mlp([20, 16, 16, 1])]
+    slopes = gg.value_and_grad
+    functions: dict[str, tuple[Callable[..., Any], Any]] = {
+        "loop": (lambda X, w: gg.exp(0.1 * X) * gg.tanh(w) + 1.0, (X, w)),
+        "sums": (lambda X: (gg.sum(gg.exp(X), axis=0), gg.sum(gg.exp(X), axis=1), gg.sum(gg.exp(X))), (X,)),
+        "least squares": (slopes(lambda w, X, y: gg.mean(gg.squared_error(X @ w, y))), (w, X, y)),
+        "logistic": (slopes(lambda w, X, y: gg.mean(gg.softplus(X @ w * -gg.sign(y)))), (w, X, y)),
+        "classes": (
+            slopes(lambda W, X, t: -gg.mean(gg.sum(t * gg.log_softmax(X @ W, axis=1), axis=1))),
+            (W, X, classes),
+        ),
+        "network": (slopes(lambda p, X, y: gg.mean(gg.squared_error(gg.nn.mlp(p, X)[:, 0], y))), (layers, X, y)),
+    }
+    with run.group("captured functions"):
+        for name, (function, args) in functions.items():
+            with run.case(name):
+                single = optree.tree_map(lambda a: np.asarray(a, SINGLE), args)
+                want = optree.tree_leaves(function(*optree.tree_map(lambda a: np.asarray(a, DOUBLE), single)))
+                given, compiled = optree.tree_map(run.put, single), gg.compile(function)
+                for call in range(6):
+                    for i, (a, b) in enumerate(zip(optree.tree_leaves(compiled(*given)), want, strict=True)):
+                        b = host(b)
+                        run.near(f"result {i}, call {call}", a, b, 1e-5 * np.max(np.abs(b)), SINGLE)
+
+
 @contextmanager
 def _room(pool: Any, size: int) -> Iterator[None]:
     """Leave CuPy's memory pool no more than `size` bytes above what is in use."""
