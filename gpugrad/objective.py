@@ -25,7 +25,8 @@ from gpugrad import backend
 from gpugrad import threads as _workers
 from gpugrad.compile.cpu import has_compiler
 from gpugrad.compile.cpu_rows import RowProgram
-from gpugrad.compile.cuda_rows import DeviceLoss
+from gpugrad.compile.cuda import DeviceProgram
+from gpugrad.compile.cuda_rows import DeviceLoss, penalty_program
 from gpugrad.compile.fingerprint import fingerprint
 from gpugrad.compile.losses import Want, directional, loss_program
 from gpugrad.compile.program import Value
@@ -166,8 +167,8 @@ class Objective:
         # evaluated on another stream, the data has to be there first
         self._ready = backend.mark(self.device) if self.device.kind == "cuda" else None
         self._programs: dict[Any, Any] = {}  # captured losses, by parameters and what the loss depends on
-        worth_it = _bytes(self.data) >= CAPTURE_BYTES and has_compiler()
-        self._capturing = worth_it or self.device.kind == "cuda"  # a GPU gains by launches, however small the data
+        # a GPU gains by fewer launches, however small the data
+        self._capturing = self.device.kind == "cuda" or (_bytes(self.data) >= CAPTURE_BYTES and has_compiler())
         self._told: set[str] = set()
         self._picked: Any = None  # row numbers, of a mini-batch too large to be gathered at once
 
@@ -341,9 +342,7 @@ class Objective:
         # infinities that meet here are reported by row, or are the caller's to judge
         with backend.activate(self.device), numpy.errstate(all="ignore"):
             if self.penalty is not None:
-                extra, extra_grads = value_and_grad(self.penalty)(optree.tree_unflatten(structure, arrays))
-                total = total + (extra.astype(numpy.float64) if hasattr(extra, "astype") else extra)
-                grads = [acc + more for acc, more in zip(grads, optree.tree_leaves(extra_grads), strict=False)]
+                total, grads = self._with_penalty(self.penalty, total, grads, arrays, structure)
             total, grads = self._brought_home(total, grads, given, check)
         if check and not math.isfinite(total):
             self._report(bad or self._search(self._block_rows(arrays, structure), arrays, structure), total)
@@ -373,10 +372,51 @@ class Objective:
                 if backend.out_of_memory(error):
                     return None  # for constants of the loss; next time there may be room
                 found = (str(error).splitlines() or [type(error).__name__])[0]
-            while len(self._programs) >= PROGRAMS:
-                self._programs.pop(next(iter(self._programs)), None)
-            self._programs[key] = found
+            self._keep(key, found)
         return found
+
+    def _with_penalty(
+        self, penalty: Callable[[Any], Any], total: Any, grads: list[Any], arrays: list[Any], structure: Any
+    ) -> tuple[Any, list[Any]]:
+        """Return value and gradients (if there are any) with those of the penalty."""
+        program = None
+        if grads and backend.is_cuda_array(total):
+            program = self._penalty_program(penalty, grads, arrays, structure)
+        if program is not None:
+            total, *grads = program([*arrays, total, *grads])
+            return total, grads
+        extra, extra_grads = value_and_grad(penalty)(optree.tree_unflatten(structure, arrays))
+        total = total + (extra.astype(numpy.float64) if hasattr(extra, "astype") else extra)
+        return total, [acc + more for acc, more in zip(grads, optree.tree_leaves(extra_grads), strict=False)]
+
+    def _penalty_program(
+        self, penalty: Callable[[Any], Any], grads: list[Any], arrays: list[Any], structure: Any
+    ) -> DeviceProgram | None:
+        """Return what adds the penalty on a GPU in few launches, None where it cannot be captured."""
+        if not self._capturing:
+            return None
+        try:
+            shapes = tuple((a.shape, a.dtype) for a in (*arrays, *grads))
+            key = ("penalty", structure, shapes, fingerprint(penalty))
+            found = self._programs.get(key)
+        except Exception:  # an object that does not want to be looked at
+            return None
+        if found is None:
+            params, gradients = ([Value(a.shape, a.dtype) for a in some] for some in (arrays, grads))
+            try:
+                found = penalty_program(penalty, params, structure, gradients, self.device)
+            except Exception as error:  # it may well run op by op
+                if backend.out_of_memory(error):
+                    return None
+                found = f"its penalty: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            self._keep(key, found)
+        self._tell(found if isinstance(found, str) else None)
+        return found if isinstance(found, DeviceProgram) else None
+
+    def _keep(self, key: Any, program: Any) -> None:
+        while len(self._programs) >= PROGRAMS:
+            self._programs.pop(next(iter(self._programs)), None)
+        self._programs[key] = program
 
     def _tell(self, why: RowProgram | DeviceLoss | str | None) -> None:
         """Warn, once, that a loss runs operation by operation."""
@@ -606,7 +646,7 @@ class Objective:
                 self._room.tell()
                 continue
             for program in self._programs.values():
-                if isinstance(program, DeviceLoss):
+                if isinstance(program, (DeviceLoss, DeviceProgram)):
                     program.release()
             self._room.halve(count, why)  # here, where the exception no longer holds the tape
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
+import optree
 
 from gpugrad import backend
 from gpugrad.backend import Array, Device
 from gpugrad.compile import cuda_code
+from gpugrad.compile.capture import TENSOR, capture
 from gpugrad.compile.cuda import (
     LAYOUTS,
     Action,
@@ -33,10 +35,12 @@ from gpugrad.compile.fuse import Fuser, Kernel, Step, View
 from gpugrad.compile.kernels import Loop
 from gpugrad.compile.losses import Want, loss_program
 from gpugrad.compile.plan import plan
-from gpugrad.compile.program import Constant, Equation, Program, Value, equation, live
+from gpugrad.compile.program import Constant, Equation, Program, Value, equation, live, simplified
 from gpugrad.compile.rows import NotByRows, PassPlan, Split, resized, row_pass, split
 from gpugrad.compile.text import pass_lines, step_lines
 from gpugrad.op import registry
+from gpugrad.ops.shape import astype
+from gpugrad.transforms import value_and_grad
 
 RESULTS = (numpy.dtype(numpy.float32), numpy.dtype(numpy.float64))  # dtypes that the last launch writes
 SIZES = 8  # numbers of rows that a loss keeps programs for
@@ -419,3 +423,25 @@ class DeviceLoss:
         program = replace(parts.program, inputs=(*parts.program.inputs, self.scale), names={})
         late = Program((*after.inputs, self.scale), [*after.equations, *more], tuple(outputs), after.name)
         return replace(parts, program=program, after=late)
+
+
+def penalty_program(
+    penalty: Callable[..., Any], params: Sequence[Value], structure: Any, gradients: Sequence[Value], device: Device
+) -> DeviceProgram:
+    """Return (parameters, value, gradients) -> value and gradients with those of a penalty, as one program.
+
+    Raises CaptureError, or what the penalty raises.
+    """
+    count = len(params)
+
+    def added(*tensors: Any) -> Any:
+        p = optree.tree_unflatten(structure, list(tensors[:count]))
+        value, slopes = value_and_grad(penalty)(p)
+        sums = [a + b for a, b in zip(tensors[count + 1 :], optree.tree_leaves(slopes), strict=True)]
+        return [tensors[count] + astype(value, "float64"), *sums]
+
+    given = [(Value(v.shape, v.dtype), TENSOR) for v in (*params, Value((), "float64"), *gradients)]
+    places: Any = (tuple(range(len(given))), {})
+    _, outer = optree.tree_flatten(places)
+    name = getattr(penalty, "__name__", "penalty")
+    return executable(simplified(capture(added, given, outer, device, name).program), device)
