@@ -483,6 +483,18 @@ def test_launches_of_a_compiled_network(stand_in: Any) -> None:
     assert counts == [31, 16]
 
 
+def test_data_that_a_function_closes_over_is_read_in_one_pass(stand_in: Any) -> None:
+    p, (x, y) = regression(stand_in)
+    function = gg.value_and_grad(lambda w: squares(w, x, y))
+    compiled = gg.compile(function)
+    same(compiled(p["w"]), function(p["w"]))
+    with stand_in.counting() as count:
+        compiled(p["w"])
+    assert (count.launches, count.syncs, count.bytes_to_device) == (2, 0, 0)
+    x *= 2  # constant is the array, not what is in it
+    same(compiled(p["w"]), function(p["w"]))
+
+
 def test_show_tells_what_is_launched(stand_in: Any, capsys: Any) -> None:
     p, (x, y) = regression(stand_in)
     gg.compile(gg.value_and_grad(squares)).show(p["w"], x, y)

@@ -120,7 +120,10 @@ class _WithData:
 def executable(program: Program, device: Device) -> Executable:
     """Return a program ready to run on a device."""
     used = dict.fromkeys(v for eq in program.equations for v in eq.inputs)
-    large = [v for v in used if isinstance(v, Constant) and v.nbytes >= DATA_BYTES]
+    if device.kind == "cuda":  # one pass over the rows is fewer launches, however few rows there are
+        large = [v for v in used if isinstance(v, Constant) and v.size > 1 and backend.is_cuda_array(v.array)]
+    else:
+        large = [v for v in used if isinstance(v, Constant) and v.nbytes >= DATA_BYTES]
     data: dict[Value, Value] = {v: Value(v.shape, v.dtype) for v in large}
     if not data:
         return _executable(program, device)
