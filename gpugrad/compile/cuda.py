@@ -45,11 +45,11 @@ class Template:
     """
 
     def __init__(self, bound: cuda_code.Bound, gaps: frozenset[int]) -> None:
-        first, *rest = bound._launches
+        first, *rest = bound.each
         self.kernel, self.grid, self.block = first.kernel, first.grid, (first.block,)
         self.arguments = [None if k in gaps else a for k, a in enumerate(first.arguments)]
         self.rest = [(launch.kernel, launch.grid, (launch.block,), launch.arguments) for launch in rest]
-        self.partial = bound._kept[0]
+        self.partial = bound.kept[0]
 
     def run(self, operands: Sequence[tuple[int, Any]], totals: Sequence[tuple[int, Array, float]]) -> None:
         """Launch. operands: (place among the arguments, value); totals: (which, where to, factor)."""

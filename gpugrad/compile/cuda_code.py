@@ -179,16 +179,17 @@ class _Launch(NamedTuple):
 class Bound:
     """Launches with all that they need, to be called any number of times; keeps every buffer alive.
 
-    Each call goes to the stream that is current then. launches: how many kernels a call launches.
+    Each call goes to the stream that is current then. each: the launches, of which the first has the operands among its
+    arguments and the others have totals in tables. launches: how many there are.
     """
 
     def __init__(self, launches: Sequence[_Launch], kept: Any = None) -> None:
-        self._launches = tuple(launches)
-        self._kept = kept  # arrays of which the launches have the addresses only
-        self.launches = len(self._launches)
+        self.each = tuple(launches)
+        self.kept = kept  # arrays of which the launches have the addresses only
+        self.launches = len(self.each)
 
     def __call__(self) -> None:
-        for launch in self._launches:
+        for launch in self.each:
             launch.run()
 
 
