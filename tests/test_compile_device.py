@@ -550,6 +550,30 @@ def on_two_streams(cupy: Any) -> None:
         assert_allclose(result, np.exp(x.get()) @ np.tanh(x.get()).T, rtol=1e-5)
 
 
+def constants_on_two_streams(cupy: Any) -> None:
+    """What capture computes on one stream is used on another."""
+    table = np.linspace(0, 1, 4, dtype="f4")
+    given = [cupy.asarray(np.linspace(-1, k, 24, dtype="f4").reshape(6, 4)) for k in (1, 2)]
+    cupy.cuda.Device().synchronize()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in given]
+    compiled = gg.compile(lambda x: gg.exp(x) @ gg.exp(gg.asarray(table, device="cuda")))
+    for stream, x in zip(streams, given, strict=True):
+        with stream:
+            compiled(x)
+    for stream in streams:
+        stream.synchronize()
+
+
+def test_constants_are_there_on_every_stream(stand_in: Any) -> None:
+    constants_on_two_streams(stand_in)
+
+
+def test_a_constant_that_nothing_waits_for_is_caught(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "follow", lambda event: None)
+    with pytest.raises(Race):
+        constants_on_two_streams(stand_in)
+
+
 def test_streams_do_not_share_buffers(stand_in: Any) -> None:
     on_two_streams(stand_in)
 

@@ -453,7 +453,6 @@ class _Graphs:
         self.seen: OrderedDict[Hashable, None] = OrderedDict()
         self.captured = self.replays = self.moved = 0
         self.stopped = False
-        self.stream: Any = None
 
     def replayed(self, instance: Instance, env: Env) -> bool:
         """Run a call as a graph if its addresses came before. Tells whether it did."""
@@ -496,18 +495,16 @@ class _Graphs:
 
     def _captured(self, instance: Instance, env: Env) -> Any:
         """Return the graph of a call, None where it cannot be captured. Nothing runs."""
-        cuda = instance.memory.cupy.cuda
         self.captured += 1
         try:
-            if self.stream is None:
-                self.stream = cuda.Stream(non_blocking=True)  # the legacy stream cannot be captured
-            with self.stream:
-                self.stream.begin_capture()
+            # not the caller's: the legacy stream cannot be captured
+            with instance.memory.cupy.cuda.Stream(non_blocking=True) as stream:
+                stream.begin_capture()
                 try:
                     for action in instance.actions:
                         action(env)
                 finally:
-                    graph = self.stream.end_capture()
+                    graph = stream.end_capture()
         except Exception:  # whatever CUDA has against it: the launches do the same
             self.stopped = True
             return None
@@ -531,8 +528,11 @@ class DeviceProgram:
         outputs: Sequence[Value],
         device: Device,
         text: Callable[[], str],
+        after: Any = None,
     ) -> None:
         self.steps, self.inputs, self.outputs, self.device, self.text = steps, inputs, outputs, device, text
+        # constants that capture computed are there after this, whatever the stream that uses them
+        self.after = backend.mark(device) if after is None else after
         self.idle: OrderedDict[Hashable, list[Instance]] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -544,6 +544,7 @@ class DeviceProgram:
                 kept = self.idle.get(key)
                 instance = kept.pop() if kept else None
             if instance is None:
+                backend.follow(self.after)
                 instance = Instance(self.steps, self.inputs, self.outputs, self.device)
             results = instance.run(arrays)  # an instance in which something failed is not used again
             with self.lock:
@@ -559,7 +560,7 @@ class DeviceProgram:
             self.idle.clear()
 
 
-def executable(program: Program, device: Device) -> DeviceProgram:
-    """Return a program ready to run on a GPU."""
+def executable(program: Program, device: Device, after: Any = None) -> DeviceProgram:
+    """Return a program ready to run on a GPU. after: an event after which its constants are there, by default now."""
     steps = Fuser(program).steps
-    return DeviceProgram(steps, program.inputs, program.outputs, device, lambda: describe(program, steps))
+    return DeviceProgram(steps, program.inputs, program.outputs, device, lambda: describe(program, steps), after)

@@ -5,6 +5,7 @@ sum, its shape and its factor go into the launch that adds up what the blocks le
 linear model are two launches, whatever they are divided by.
 """
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -370,6 +371,7 @@ class DeviceLoss:
         self.one_pass = pass_steps(self.parts) is not None
         if not self.one_pass:  # a product's result cannot be scaled by the way: the cotangent is
             self.parts = loss_program(loss, want, params, structure, data, device, scaled=True)
+        self.after = backend.mark(device)
         self.programs: OrderedDict[Hashable, DeviceProgram] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -400,12 +402,13 @@ class DeviceLoss:
         dtypes += [d if whole else None for d in self.params][: len(self.parts.outputs) - len(dtypes)]
         if not self.one_pass:
             program = resized(joined(self.parts, dtypes), self.parts.rows, rows)
-            return executable(program, self.device)
+            return executable(program, self.device, self.after)
         parts = self._scaled(dtypes)
         steps = pass_steps(parts, self.scale)
         assert steps is not None
         inputs, outputs = parts.program.inputs, outputs_of(parts)
-        return DeviceProgram(steps, inputs, outputs, self.device, lambda: _text(parts.program, steps, outputs))
+        text = functools.partial(_text, parts.program, steps, outputs)
+        return DeviceProgram(steps, inputs, outputs, self.device, text, self.after)
 
     def _scaled(self, dtypes: Sequence[Any]) -> Split:
         """Return the parts with outputs times the scale, which is one more input, in the given dtypes."""
