@@ -514,3 +514,44 @@ def test_partials_and_functools() -> None:
     f = gg.compile(functools.partial(lambda a, x: a * x, 3.0))
     close(f(np.ones(2)), np.full(2, 3.0))
     assert OpStep is not View
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint64])
+def test_numbers_that_an_integer_dtype_does_not_hold(dtype: Any, executor: str) -> None:
+    x = gg.tensor(np.array([0, 5, 100], dtype))
+
+    def compare(x: Any) -> Any:
+        return x > -1000, x < 1000, x == 2**63, gg.where(x < 300, 1.0, 2.0)
+
+    close(gg.compile(compare)(x), compare(x))
+    if dtype is not np.uint64:
+        with pytest.raises(OverflowError):
+            gg.compile(lambda x: x + 1000)(x)
+    close(gg.compile(lambda x: abs(-x))(x), abs(-x))
+
+
+def test_axes_of_length_1_in_front_come_and_go(executor: str, rng: np.random.Generator) -> None:
+    def back_and_forth(x: Any) -> Any:
+        return (x.reshape((3,)) * 2 + 1).reshape((3, 1)) * x, (x.reshape((3,)) + 1).reshape((1, 1, 3)) * 2
+
+    x = gg.tensor(rng.normal(size=(1, 3)))
+    close(gg.compile(back_and_forth)(x), back_and_forth(x))
+
+    def spread(x: Any, y: Any) -> Any:
+        return gg.exp(x * y), gg.exp(x * y).sum(axis=2)
+
+    given = gg.tensor(rng.normal(size=(1, 2, 1, 3))), gg.tensor(rng.normal(size=(1, 1, 4, 1)))
+    close(gg.compile(spread)(*given), spread(*given))
+
+
+def test_an_array_that_the_function_fills_anew(rng: np.random.Generator) -> None:
+    def scratch(x: Any) -> Any:
+        mask, total = np.zeros(3), 0.0
+        for k in range(3):
+            mask[:] = 0
+            mask[k] = k + 1
+            total = total + (x * mask).sum() * (k + 1)
+        return total
+
+    x = gg.tensor(rng.normal(size=(2, 3)))
+    close(gg.compile(scratch)(x), scratch(x))

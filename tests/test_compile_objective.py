@@ -307,6 +307,32 @@ def test_rows_that_mix(rng: np.random.Generator) -> None:
     not_captured(lambda w, X, y: (X @ w - gg.max(X @ w)) * y, (X, y), np.ones(4), "max works across rows")
 
 
+def test_integers_in_one_row(captured: str, rng: np.random.Generator) -> None:
+    X, small = rng.normal(size=(ROWS, 3)), rng.integers(0, 256, (ROWS, 3)).astype(np.uint8)
+
+    def counts(w: Any, X: Any, k: Any) -> Any:
+        return (X @ w) * ((X > 0).sum(axis=1) + k.sum(axis=1) + gg.prod(k, axis=1)) * gg.where(k[:, 0] > -1, 1.0, 2.0)
+
+    def dots(w: Any, X: Any, k: Any) -> Any:
+        return (X @ w) * gg.tanh(X @ np.ones((3, 40))).sum(axis=1) * (k @ np.array([1, 2, 3], np.uint8))
+
+    for loss in (counts, dots):
+        obj = gg.Objective(loss, (X, small))
+        same(obj.value_and_grad(np.ones(3)), eagerly(loss, (X, small)).value_and_grad(np.ones(3)), 1e-10)
+        programs(obj)
+
+
+def test_what_no_row_is_in_becomes_rows(rng: np.random.Generator) -> None:
+    X, W = rng.normal(size=(50_000, 4)), rng.normal(size=(250, 200))
+
+    def fun(X: Any, W: Any) -> Any:
+        return gg.exp(X * W.reshape((50_000, 1))).sum()
+
+    np.testing.assert_allclose(float(gg.compile(fun)(X, W)), float(fun(X, W)))
+    empty = np.zeros((50_000, 0))
+    np.testing.assert_allclose(gg.compile(lambda X, w, y: X @ w + y)(empty, np.zeros(0), X[:, 0]), X[:, 0])
+
+
 def test_an_index_among_the_data(rng: np.random.Generator) -> None:
     group, y = rng.integers(0, 5, size=ROWS), rng.normal(size=ROWS)
     not_captured(lambda table, group, y: (gg.take(table, group) - y) ** 2, (group, y), np.ones(5), "a value is read")

@@ -21,6 +21,7 @@ import optree
 from gpugrad import backend
 from gpugrad import op as _op
 from gpugrad.backend import Abstract, Device
+from gpugrad.compile.fingerprint import SMALL
 from gpugrad.compile.program import Constant, Equation, Program, Value
 from gpugrad.errors import CaptureError, GpugradError
 from gpugrad.op import Op, box, recording
@@ -112,6 +113,10 @@ class Capture:
         # by its place in memory: views of the same elements are the same constant
         at = array.data.ptr if backend.is_cuda_array(array) else array.__array_interface__["data"][0]
         key = (at, array.shape, array.strides, array.dtype) if array.ndim else id(array)
+        if isinstance(array, numpy.ndarray) and array.nbytes <= SMALL:
+            # as it is now: the function may fill it anew before its next use
+            key = (array.shape, array.dtype, array.tobytes())
+            array = array if key in self.constants else array.copy()
         found = self.constants.get(key)
         if found is None:
             found = self.constants[key] = Constant(array)  # holds the array, so that its place stays its own
@@ -321,13 +326,15 @@ class _Params(dict[str, Any]):
 
 def _sample_kind(value: Value) -> Any:
     if value.weak:
-        return {"f": float, "i": int, "b": bool}[value.dtype.kind]
+        if isinstance(value, Constant) and type(value.array) is int:
+            return value.array  # NumPy refuses one that does not fit the dtype it meets
+        return {"f": float, "i": int, "u": int, "b": bool}[value.dtype.kind]
     return value.dtype
 
 
-@functools.cache
+@functools.lru_cache(1 << 12)
 def _dtype_of(op: Op, kinds: tuple[Any, ...], params: _Params) -> tuple[Any, bool]:
-    samples = [k(1) if isinstance(k, type) else numpy.ones(1, k) for k in kinds]
+    samples = [k(1) if isinstance(k, type) else k if type(k) is int else numpy.ones(1, k) for k in kinds]
     with numpy.errstate(all="ignore"):
         out = op.forward(numpy, *samples, **params)
     return numpy.asarray(out).dtype, type(out) in (bool, int, float)

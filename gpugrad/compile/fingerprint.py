@@ -14,7 +14,7 @@ import numpy
 from gpugrad.tensor import Tensor
 
 _DEEP = 5
-_SMALL = 1 << 16
+SMALL = 1 << 16
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, numpy.generic, numpy.dtype)
 _LIBRARIES = ("gpugrad", "numpy", "cupy", "math", "builtins", "functools", "operator", "scipy")
 
@@ -44,7 +44,7 @@ def _of(value: Any, deep: int, within: set[int]) -> Any:
         return type(value), value if value == value else "nan"
     if type(value) is Tensor:
         value = value._data
-    if isinstance(value, numpy.ndarray) and value.nbytes <= _SMALL and value.dtype.kind != "O":
+    if isinstance(value, numpy.ndarray) and value.nbytes <= SMALL and value.dtype.kind != "O":
         return value.shape, value.dtype.str, value.tobytes()
     if isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
         return id(value)

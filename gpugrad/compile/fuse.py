@@ -305,6 +305,7 @@ class Fuser:
 
     def _spread(self, value: Value, shape: tuple[int, ...]) -> Value:
         """Return a value with all its axes there, as a copy, where a loop over rows and columns could not index it."""
+        shape = (1,) * (value.ndim - len(shape)) + shape
         if value.size == 1 or value.shape == shape:
             return value
         eq = equation("broadcast_to", (value,), shape, value.dtype, shape=shape)
@@ -328,7 +329,8 @@ def _carried(leaf: tuple[int, ...], before: tuple[int, ...], after: tuple[int, .
     """Return the shape of an operand that broadcasts to `after` as it did to `before`; None if elements would move."""
     if math.prod(leaf) == 1:
         return ()
-    padded = (1,) * (len(before) - len(leaf)) + leaf
+    short = _without_leading(leaf)
+    padded = (1,) * (len(before) - len(short)) + short
     if padded == before:
         carried = after
     elif [n for n in before if n != 1] == [n for n in after if n != 1]:
@@ -336,7 +338,7 @@ def _carried(leaf: tuple[int, ...], before: tuple[int, ...], after: tuple[int, .
         carried = tuple(1 if n == 1 else next(lengths) for n in after)
     else:
         return None
-    return leaf if _without_leading(carried) == _without_leading(leaf) else carried
+    return leaf if _without_leading(carried) == short else carried
 
 
 def _without_leading(shape: tuple[int, ...]) -> tuple[int, ...]:

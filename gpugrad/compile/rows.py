@@ -170,7 +170,7 @@ class _Splitter:
             if name == "sum" and x.dtype.kind == "f":
                 return "total"
         elif name in ("reshape", "permute_dims"):
-            if name == "reshape" or params["axes"][0] % x.ndim == 0:
+            if kinds == ["row"] and (name == "reshape" or params["axes"][0] % x.ndim == 0):
                 return "row"
         elif name in ("getitem", "scatter"):
             index = params["index"]
@@ -188,14 +188,15 @@ class _Splitter:
     def _product_kind(self, eq: Equation, kinds: list[str]) -> str:
         x, y = eq.inputs
         first, second = kinds
+        floating = eq.outputs[0].dtype.kind == "f"  # totals are added up in float64, which is not exact for integers
         if first == "row" and second == "uniform" and x.ndim > 1 and y.ndim <= 2:
             return "row"
         if first == "row" and second == "row":
-            if x.ndim == 1 and y.ndim <= 2:
+            if x.ndim == 1 and y.ndim <= 2 and floating:
                 return "total"
             if x.ndim > 2 and x.ndim == y.ndim:
                 return "row"
-        if first == "turned" and second == "row" and y.ndim <= 2:
+        if first == "turned" and second == "row" and y.ndim <= 2 and floating:
             return "total"
         if first == "uniform" and second == "turned":
             return "turned"
@@ -365,6 +366,8 @@ class _Scalars:
         """Return the number of a data matrix."""
         if value not in self.inputs or value.ndim != 2 or value.shape[0] != self.rows:
             raise NotByRows("a product with rows that are computed")
+        if not value.shape[1]:
+            raise NotByRows("a matrix without columns")
         if value not in self.matrices:
             self.matrices.append(value)
         return self.matrices.index(value)
@@ -414,6 +417,7 @@ class _Scalars:
             self.arrays[out] = numpy.concatenate([self.of(v) for v in eq.inputs], params["axis"] % out.ndim - 1)
         elif name in _REDUCERS:
             axes = tuple(k - 1 for k in axes_of(params["axis"], x.ndim))
+            a = _each(lambda e: cast(e, out.dtype), a)  # small integers and booleans are added up in wide ones
             self.arrays[out] = _REDUCERS[name](a, axes).reshape(shape)
         else:
             raise NotByRows(f"{name} in a single row")
@@ -440,7 +444,7 @@ class _Scalars:
                 self.products.append((m, y, () if y.ndim == 1 else (j,)))
             return _filled([argument(first + j, x.dtype) for j in range(count)], out.shape[1:])
         a, b = self.of(x), self.of(y)
-        if a.ndim != 1 or a.size * b.size > 4 * WIDE_PARAMETER:
+        if a.ndim != 1 or not 0 < a.size * b.size <= 4 * WIDE_PARAMETER:
             raise NotByRows("a product of computed rows")
         table = b if b.ndim == 2 else b[:, None]
         dots = [_sum([apply("mul", u, v) for u, v in zip(a, table[:, j], strict=True)]) for j in range(table.shape[1])]

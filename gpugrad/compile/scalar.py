@@ -227,6 +227,8 @@ def cast(x: Any, dtype: numpy.dtype[Any]) -> Expr:
     if dtype.kind not in "fiub" or x.dtype.kind not in "fiub":
         raise NotExpressible(f"a cast from {x.dtype} to {dtype}")
     if x.fn == "const":
+        if x.weak and x.dtype.kind in "iu" and dtype.kind in "iu" and x.value != x.value.astype(dtype):
+            raise NotExpressible(f"{x.value} as {dtype}")  # NumPy compares with such a number, but no loop does
         with numpy.errstate(all="ignore"):
             return constant(x.value, dtype)
     if x.weak and x.fn == "input":
@@ -263,7 +265,7 @@ def _loop(fn: str, kinds: tuple[Any, ...]) -> tuple[Any, Any]:
 
 
 def _kind(x: Expr) -> Any:
-    return {"f": float, "i": int, "b": bool}[x.dtype.kind] if x.weak else x.dtype
+    return {"f": float, "i": int, "u": int, "b": bool}[x.dtype.kind] if x.weak else x.dtype
 
 
 def apply(fn: str, *values: Any) -> Expr:
@@ -311,7 +313,7 @@ def _simpler(fn: str, args: tuple[Expr, ...]) -> Expr | None:
         return args[0]
     elif (fn in ("neg", "not") and args[0].fn == fn) or (fn == "abs" and args[0].fn == "abs"):
         return args[0].args[0] if fn != "abs" else args[0]
-    elif fn == "abs" and args[0].fn == "neg":
+    elif fn == "abs" and args[0].fn == "neg" and args[0].dtype.kind != "u":
         return apply("abs", args[0].args[0])
     elif fn == "pow" and args[1].fn == "const" and args[1].value in (1, 2, 3, 0.5, -1):
         x, power = args[0], float(args[1].value)
