@@ -645,10 +645,16 @@ class Objective:
                 done += count
                 self._room.tell()
                 continue
-            for program in self._programs.values():
-                if isinstance(program, (DeviceLoss, DeviceProgram)):
-                    program.release()
-            self._room.halve(count, why)  # here, where the exception no longer holds the tape
+            if not self._let_go():  # else once more: what other programs kept may have been in the way
+                self._room.halve(count, why)  # here, where the exception no longer holds the tape
+
+    def _let_go(self) -> int:
+        """Give back the buffers that captured programs keep and no call is using; return how many sets there were."""
+        programs = [p for p in self._programs.values() if isinstance(p, (DeviceLoss, DeviceProgram))]
+        released = sum(program.release() for program in programs)
+        if released:
+            backend.release_memory(self.device)
+        return released
 
     def _between(self, start: int, stop: int) -> Sequence[Any]:
         if self._picked is None:

@@ -23,7 +23,7 @@ import gpugrad as gg
 from gpugrad import backend, optim
 from gpugrad.compile import cuda, cuda_code
 from gpugrad.compile.cuda import Instance
-from gpugrad.errors import CaptureWarning
+from gpugrad.errors import CaptureWarning, DeviceMemoryWarning
 from gpugrad.op import registry
 
 
@@ -736,6 +736,35 @@ def test_memory_is_let_go_at_once(stand_in: Any) -> None:
         assert pool.used_bytes() <= held - 3 * x.nbytes
     finally:
         gc.enable()
+
+
+def test_buffers_of_other_programs_go_before_blocks_are_halved(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with room for one program at a time has room for all of them, one after the other."""
+    _, data = regression(stand_in, rows=4000)
+    p = gg.nn.init_mlp([8, 16, 16, 1], device="cuda")
+    loss = lambda p, x, y: gg.squared_error(gg.nn.mlp(p, x)[:, 0], y)  # noqa: E731
+    obj, pool = gg.Objective(loss, data, block_size=4000), stand_in.get_default_memory_pool()
+
+    def needed(call: Any) -> int:
+        before = pool.used_bytes()
+        call(p)
+        return int(pool.used_bytes() - before)
+
+    gradient, product = needed(obj.evaluate), needed(lambda p: obj.hvp(p, p))
+    assert min(gradient, product) > 100_000
+    fresh = gg.Objective(loss, data, block_size=4000)
+    obj._programs.clear()
+    gc.collect()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + (max(gradient, product) + gradient + product) // 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            fresh.evaluate(p)
+            fresh.hvp(p, p)
+    monkeypatch.setattr(gg.Objective, "_let_go", lambda self: 0)
+    with pytest.warns(DeviceMemoryWarning):  # where they are kept, blocks become smaller
+        fresh.evaluate(p)
 
 
 # ---------------------------------------------------------------------------------------------------- planted faults

@@ -554,10 +554,12 @@ class DeviceProgram:
                     self.idle.popitem(last=False)
         return results
 
-    def release(self) -> None:
-        """Let the buffers go that no call is using."""
+    def release(self) -> int:
+        """Let the buffers go that no call is using; return how many sets there were."""
         with self.lock:
+            count = sum(map(len, self.idle.values()))
             self.idle.clear()
+        return count
 
 
 def executable(program: Program, device: Device, after: Any = None) -> DeviceProgram:

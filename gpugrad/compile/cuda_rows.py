@@ -391,11 +391,10 @@ class DeviceLoss:
             self.programs.move_to_end(key)
         return program([*arrays, scale])
 
-    def release(self) -> None:
-        """Let buffers go that no call is using."""
+    def release(self) -> int:
+        """Let buffers go that no call is using; return how many sets there were."""
         with self.lock:
-            for program in self.programs.values():
-                program.release()
+            return sum(program.release() for program in self.programs.values())
 
     def _made(self, rows: int, whole: bool) -> DeviceProgram:
         dtypes: list[Any] = [numpy.float64] if self.want != "product" else []
