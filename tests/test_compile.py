@@ -555,3 +555,26 @@ def test_an_array_that_the_function_fills_anew(rng: np.random.Generator) -> None
 
     x = gg.tensor(rng.normal(size=(2, 3)))
     close(gg.compile(scratch)(x), scratch(x))
+
+
+def test_a_constant_changed_before_the_reverse_sweep(rng: np.random.Generator) -> None:
+    fun = gg.compile(lambda x, a: (x * x * a).sum())
+    for wrapped in (np.asarray, gg.asarray):
+        x, a = gg.tensor(np.ones(3), requires_grad=True), np.ones(3)
+        out = fun(x, wrapped(a))
+        a[:] = 5.0
+        out.backward()
+        close(x.grad, gg.tensor(np.full(3, 2.0)))
+
+
+def test_results_on_the_tape_that_depend_on_the_shape() -> None:
+    def fun(x: Any) -> Any:
+        return (x.sum(), x * 2) if x.shape[0] > 3 else (x.sum(), gg.astype(x, dtype="int32"), np.ones(2), x * 3)
+
+    compiled = gg.compile(fun)
+    for n in (2, 5, 2):
+        x = gg.tensor(np.arange(1.0, n + 1), requires_grad=True)
+        got = compiled(x)
+        assert [type(r) for r in got] == [type(r) for r in fun(x)]
+        got[-1].sum().backward()
+        close(x.grad, gg.tensor(np.full(n, 2.0 if n > 3 else 3.0)))

@@ -221,17 +221,18 @@ def test_minimize_and_mini_batches(rng: np.random.Generator) -> None:
 def test_minimize_captures_a_function_over_large_data(monkeypatch: Any, rng: np.random.Generator) -> None:
     X = rng.normal(size=(40_000, 4))
     y = X @ np.array([1.0, -2.0, 0.5, 3.0])
-    scale = 1.0
 
     def fun(w: Any) -> Any:
         return scale * gg.mean((X @ w - y) ** 2)
 
     monkeypatch.setattr(function, "has_compiler", lambda: True)
     unasked = function.Unasked(gg.value_and_grad(fun), fun)
-    same(unasked(np.ones(4)), gg.value_and_grad(fun)(np.ones(4)), 1e-10)
-    assert isinstance(unasked._run, function.Compiled)
-    scale = 3.0
-    same(unasked(np.ones(4)), gg.value_and_grad(fun)(np.ones(4)), 1e-10)
+    scale = 0.0
+    for _ in range(2):
+        scale += 1.0
+        for _ in range(3):
+            same(unasked(np.ones(4)), gg.value_and_grad(fun)(np.ones(4)), 1e-10)
+        assert isinstance(unasked._run, function.Compiled)
     np.testing.assert_allclose(gg.minimize(fun, np.zeros(4)).params, [1.0, -2.0, 0.5, 3.0], rtol=1e-6)
 
     def branching(w: Any) -> Any:
@@ -242,7 +243,29 @@ def test_minimize_captures_a_function_over_large_data(monkeypatch: Any, rng: np.
     few = X[:10], y[:10]
     small = function.Unasked(lambda w: w, lambda w: few)
     small(1.0)
+    small(1.0)
     assert not isinstance(small._run, function.Compiled)
+
+
+def test_minimize_leaves_what_is_not_the_same_in_every_call(monkeypatch: Any, rng: np.random.Generator) -> None:
+    X = rng.normal(size=(40_000, 4))
+    monkeypatch.setattr(function, "has_compiler", lambda: True)
+    seen: list[Any] = []
+
+    def keeping(w: Any) -> Any:
+        seen.append(gg.mean((X @ w - 1.0) ** 2))
+        return seen[-1]
+
+    found = gg.minimize(keeping, np.zeros(4))
+    assert len(seen) == found.nfev
+    assert min(map(float, seen)) == pytest.approx(found.fun)
+
+    def random(w: Any) -> Any:
+        return gg.mean((X @ w - 1.0) ** 2) + (w * rng.normal(size=4)).sum()
+
+    unasked = function.Unasked(gg.value_and_grad(random), random)
+    with pytest.warns(errors.CaptureWarning, match="random"):
+        assert len({float(unasked(np.ones(4))[0]) for _ in range(4)}) == 4
 
 
 def test_batches_share_what_was_captured(rng: np.random.Generator) -> None:

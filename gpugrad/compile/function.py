@@ -17,13 +17,13 @@ from gpugrad.compile.capture import FLOAT, TENSOR, Captured, capture, kind_of
 from gpugrad.compile.cpu import has_compiler
 from gpugrad.compile.executable import Executable, executable
 from gpugrad.compile.fingerprint import data_bytes, fingerprint
-from gpugrad.compile.program import Value, simplified
+from gpugrad.compile.program import Constant, Value, alike, simplified
 from gpugrad.errors import CaptureError, CaptureWarning, DeviceMismatch
 from gpugrad.op import Op, recording
 from gpugrad.tensor import Tensor
 from gpugrad.transforms import vjp
 
-SIGNATURES = 64  # that are kept for one function, the least recently used let go first
+SIGNATURES = 64  # that are kept for one function, the oldest let go first
 LARGE = 1 << 20  # bytes of data, from which on compiling a function unasked pays
 SLOWER = "the function runs operation by operation, right but slower, as it cannot be captured"
 MANY_SIGNATURES = 8  # captured for one function, above which a warning says so
@@ -129,7 +129,8 @@ class Compiled:
     def _differentiable(self, leaves: list[Any], structure: Any) -> Any:
         """Run as one op on the tape, whose reverse rule is captured too."""
         places = tuple(k for k, leaf in enumerate(leaves) if type(leaf) is Tensor and leaf._node is not None)
-        rest = [None if k in places else leaf for k, leaf in enumerate(leaves)]
+        rest_now = [None if k in places else leaf for k, leaf in enumerate(leaves)]
+        rest = list(rest_now)  # of which a pullback that is captured replaces what is traced
 
         def flat(*tensors: Any) -> Any:
             whole = list(rest)
@@ -142,7 +143,8 @@ class Compiled:
         detached = [leaf.detach() if k in places else leaf for k, leaf in enumerate(leaves)]
         entry, arrays = self._entry(detached, structure)
         captured = entry.captured
-        floats = [k for k, v in enumerate(captured.program.outputs) if v.dtype.kind == "f"]
+        outputs = captured.program.outputs
+        floats = [k for k, v in enumerate(outputs) if v.dtype.kind == "f" and not isinstance(v, Constant)]
         if not floats:
             return captured.results(entry.run(arrays))
         found = entry.run(arrays)
@@ -151,7 +153,7 @@ class Compiled:
             results = [r for r in optree.tree_leaves(flat(*tensors)) if type(r) is Tensor or backend.is_array(r)]
             return tuple(results[k] for k in floats)
 
-        key = (structure, places, tuple(_identity(leaf) for leaf in rest))
+        key = (structure, places, tuple(floats), tuple(_identity(leaf) for leaf in rest))
         pullback = self._pullbacks.get(key)
         if pullback is None:
             others = [k for k, leaf in enumerate(rest) if kind_of(leaf) is not None]
@@ -163,8 +165,8 @@ class Compiled:
 
             pulled.__name__ = f"the gradient of {self._name}"
             pullback = self._pullbacks[key] = Compiled(pulled)
-            pullback._constants = others  # type: ignore[attr-defined]
-        constants = [leaf for leaf in rest if kind_of(leaf) is not None]
+        # arrays that are not tracked are the op's arguments too, so that the tape sees to what changes in place
+        beside = [k for k, leaf in enumerate(rest) if kind_of(leaf) not in (None, FLOAT)]
         latest: list[Any] = [None, None]
 
         def rule(i: int, g: Any, _y: Any, *x: Any) -> Any:
@@ -176,13 +178,15 @@ class Compiled:
                         zeros(found[k].shape, dtype=found[k].dtype) if part is None else part
                         for k, part in zip(floats, given, strict=True)
                     )
-                latest[:] = given, pullback(full, x, constants)
+                kept = dict(zip(beside, x[len(places) :], strict=True))
+                constants = [kept.get(k, leaf) for k, leaf in enumerate(rest_now) if kind_of(leaf) is not None]
+                latest[:] = given, pullback(full, x[: len(places)], constants)
             return latest[1][i]
 
         op = Op(name=f"compiled {self._name}", kind="primitive", forward=lambda xp, *x: x, doc="", outputs=len(floats))
         op.variadic, op.vjps, op.needs = True, (rule,), ((-1,),)
         op.forward = lambda xp, *x: found[floats[0]] if len(floats) == 1 else tuple(found[k] for k in floats)
-        tracked = _op._run(op, [leaves[k] for k in places], {})
+        tracked = _op._run(op, [leaves[k] for k in (*places, *beside)], {})
         results = list(found)
         for k, tensor in zip(floats, (tracked,) if len(floats) == 1 else tracked, strict=True):
             results[k] = tensor
@@ -196,15 +200,16 @@ def _flat(arguments: Any) -> tuple[list[Any], Any]:
 class Unasked:
     """A function of one argument that is captured where that pays, and runs as it is where it does not or cannot be.
 
-    It pays over data of `LARGE` bytes and more that the function closes over; the meaning of `source` (what the
-    function was made from) is looked at in every call, and captured anew when it has changed. Where a function over
-    such data cannot be captured, a CaptureWarning says so once.
+    It pays over data of `LARGE` bytes and more that the function closes over. The meaning of `source` (what the
+    function was made from) is looked at in every call, and captured when two calls in a row find the same: a function
+    that counts its calls or keeps its results, or of which something is changed from call to call, runs as it is.
+    Where a function over such data cannot be captured, a CaptureWarning says so once.
     """
 
     def __init__(self, fun: Callable[[Any], Any], source: Any) -> None:
         self._fun, self._source = fun, source
         self._meaning: Any = None
-        self._run = fun
+        self._run: Callable[[Any], Any] | None = None
         self._told = False
 
     def __call__(self, argument: Any) -> Any:
@@ -215,7 +220,9 @@ class Unasked:
         except Exception:  # an object that does not want to be looked at
             return self._fun(argument)
         if meaning != self._meaning:
-            self._meaning = meaning
+            self._meaning, self._run = meaning, None
+            return self._fun(argument)
+        if self._run is None:
             self._run = self._chosen(argument)
         return self._run(argument)
 
@@ -227,7 +234,10 @@ class Unasked:
             return self._fun
         given = [(as_value(leaf), kind) if (kind := kind_of(leaf)) else leaf for leaf in leaves]
         try:
-            capture(self._fun, given, structure, device, getattr(self._source, "__name__", "the function"))
+            name = getattr(self._source, "__name__", "the function")
+            one, other = (simplified(capture(self._fun, given, structure, device, name).program) for _ in range(2))
+            if not alike(one, other):
+                raise CaptureError("it does not do the same every time: it uses something random as a value")
         except Exception as error:  # whatever it does: it may well run as it is
             if not self._told:
                 self._told = True

@@ -153,6 +153,48 @@ def live(equations: Sequence[Equation], outputs: Iterable[Value]) -> list[Equati
     return kept[::-1]
 
 
+def alike(one: Program, other: Program, lengths: tuple[int, int] = (0, 0)) -> bool:
+    """Tell whether two programs do the same; lengths: what a length in the one may be in the other."""
+    names: dict[Value, Value] = dict(zip(one.inputs, other.inputs, strict=True))
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, slice) and isinstance(b, slice):
+            return all(x == y for x, y in zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True))
+        if hasattr(a, "dtype") and hasattr(b, "dtype") and hasattr(a, "shape"):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return False
+            a, b = (backend.to_device(x, backend.CPU) for x in (a, b))
+            return bool(numpy.all((a == b) | ((a != a) & (b != b))))
+        return bool(a == b) or (a != a and b != b)
+
+    def shapes(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+        return len(a) == len(b) and all(x == y or (x, y) == lengths for x, y in zip(a, b, strict=True))
+
+    def values(a: Value, b: Value) -> bool:
+        if isinstance(a, Constant) and isinstance(b, Constant):
+            return a.weak == b.weak and (a.array is b.array or same(a.array, b.array))
+        return names.get(a) is b
+
+    def params(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        return a.keys() == b.keys() and all(
+            shapes(tuple(a[k]), tuple(b[k])) if k == "shape" else same(a[k], b[k]) for k in a
+        )
+
+    if len(one.equations) != len(other.equations) or len(one.outputs) != len(other.outputs):
+        return False
+    for a, b in zip(one.equations, other.equations, strict=True):
+        if a.op is not b.op or len(a.inputs) != len(b.inputs) or not params(a.params, b.params):
+            return False
+        if not all(map(values, a.inputs, b.inputs)):
+            return False
+        if not all(shapes(x.shape, y.shape) for x, y in zip(a.outputs, b.outputs, strict=True)):
+            return False
+        names.update(zip(a.outputs, b.outputs, strict=True))
+    return all(map(values, one.outputs, other.outputs))
+
+
 def _lowered(eq: Equation) -> list[Equation]:
     """Write a mean as a sum times a number."""
     (x,) = eq.inputs if len(eq.inputs) == 1 else (None,)
