@@ -88,6 +88,7 @@ class Instance:
             self._slot(value)
         self.fresh = [(v, self._slot(v), v.shape, v.dtype) for v in self.plan.fresh]
         self.first = {v: k for k, v in reversed(list(enumerate(outputs)))}
+        self.straight: set[int] = set()  # slots of inputs that loops read, which have to be without gaps
         self.actions: list[Action] = []
         for step, gone in zip(steps, self.plan.dies, strict=True):
             action = self._kernel(step) if isinstance(step, Kernel) else self._call(step)
@@ -106,6 +107,9 @@ class Instance:
         """
         env: Env = [None] * self.count
         env[: len(arrays)] = arrays
+        for slot in self.straight:
+            if not env[slot].flags.c_contiguous:
+                env[slot] = numpy.ascontiguousarray(env[slot])
         for value, slot, shape, dtype in self.fresh:
             k = self.first.get(value, len(into))
             env[slot] = into[k] if k < len(into) else self.memory.take(shape, dtype)
@@ -148,28 +152,42 @@ class Instance:
 
     def _kernel(self, step: Kernel) -> Action:
         run, rows, columns, threads = loop_runner(step), step.rows, step.columns, self.threads
-        wanted: list[Any] = []
-        for value, (layout, _) in zip(step.inputs, step.loop.inputs, strict=True):
+        known: list[Any] = [None] * (len(step.inputs) + len(step.outputs))
+        direct: list[tuple[int, int, tuple[int, ...] | None]] = []  # position, slot, shape if it has to be changed
+        others: list[tuple[int, Callable[[Env], Array], tuple[int, ...]]] = []
+        whole = self.plan.fresh
+        for k, (value, (layout, _)) in enumerate(zip(step.inputs, step.loop.inputs, strict=True)):
             shape = {"full": (rows, columns), "row": (columns,), "column": (rows,), "scalar": ()}[layout]
             array = self._bound(value)
-            if array is None:
-                wanted.append((self._getter(value), shape, None))
+            if array is not None:
+                laid = _laid_out(array, shape)
+                if isinstance(value, Constant) or not laid.size or numpy.may_share_memory(laid, array):
+                    known[k] = laid
+                    continue
+            elif value in whole or value in self.inputs:
+                self.straight.update([self.slots[value]] if value in self.inputs else [])
+                direct.append((k, self.slots[value], shape if shape != value.shape else None))
                 continue
-            laid = _laid_out(array, shape)
-            moved = not isinstance(value, Constant) and laid.size and not numpy.may_share_memory(laid, array)
-            wanted.append((self._getter(value), shape, None) if moved else (None, shape, laid))
-        into: list[Any] = []
-        for value in step.outputs:
+            others.append((k, self._getter(value), shape))
+        for k, value in enumerate(step.outputs, start=len(step.inputs)):
             array = self._bound(value)
-            into.append((None, array.reshape(rows, columns)) if array is not None else (self._slot(value), None))
+            if array is not None:
+                known[k] = array.reshape(rows, columns)
+            else:
+                direct.append((k, self._slot(value), (rows, columns) if value.shape != (rows, columns) else None))
+        count = len(step.inputs)
         sums = [(self._slot(v), v.shape, v.dtype) for v in step.sums]
 
         def action(env: Env) -> None:
-            arrays = [array if get is None else _laid_out(get(env), shape) for get, shape, array in wanted]
-            out = [array if slot is None else env[slot].reshape(rows, columns) for slot, array in into]
-            totals = run(arrays, out, threads, rows, columns)
+            arrays = known.copy()
+            for k, slot, shape in direct:
+                arrays[k] = env[slot] if shape is None else env[slot].reshape(shape)
+            for k, get, shape in others:
+                arrays[k] = _laid_out(get(env), shape)
+            totals = run(arrays[:count], arrays[count:], threads, rows, columns)
             for (slot, shape, dtype), total in zip(sums, totals, strict=True):
-                env[slot] = numpy.asarray(total).astype(dtype, copy=False).reshape(shape)
+                array = numpy.asarray(total, dtype)
+                env[slot] = array if array.shape == shape else array.reshape(shape)
 
         return action
 

@@ -54,7 +54,7 @@ class _Whole:
         self.lock = threading.Lock()
         self.kept = sum(plan(self.steps, program.inputs, program.outputs).buffers)  # bytes from step to step
         # below this, what threads gain a product they lose in meeting
-        self.alone = sum(_flops(eq) for eq in program.equations) < SMALL_FLOPS
+        self.alone = 0 < sum(_flops(eq) for eq in program.equations) < SMALL_FLOPS
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
         with single_threaded_blas() if self.alone else nullcontext():
