@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from typing import Any
 
@@ -453,6 +454,60 @@ def test_fingerprints() -> None:
 
     one, other = make(1.0), make(1)
     assert fingerprint(one) != fingerprint(other)
+
+
+SETTINGS = types.ModuleType("settings")
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+
+class OfClass:
+    scale = 1.0
+
+    def times(self, z: Any) -> Any:
+        return z * self.scale * SETTINGS.scale
+
+    def __call__(self, w: Any, X: Any) -> Any:
+        return self.times(X @ w)
+
+
+def test_attributes_wherever_they_are(rng: np.random.Generator) -> None:
+    slotted, nested, members = Slotted(), {"model": {"penalty": [{"scale": 1.0}]}}, {1.0}
+    slotted.scale = SETTINGS.scale = 1.0
+    X, w = rng.normal(size=(ROWS, 3)), np.ones(3)
+
+    def set_nested(value: float) -> None:
+        nested["model"]["penalty"][0]["scale"] = value
+
+    def set_members(value: float) -> None:
+        members.clear()
+        members.add(value)
+
+    for loss, change in (
+        (lambda w, X: (X @ w) * slotted.scale, lambda v: setattr(slotted, "scale", v)),
+        (lambda w, X: (X @ w) * nested["model"]["penalty"][0]["scale"], set_nested),
+        (lambda w, X: (X @ w) * sum(members), set_members),
+        (lambda w, X: (X @ w) * OfClass.scale, lambda v: setattr(OfClass, "scale", v)),
+        (lambda w, X: (X @ w) * SETTINGS.scale, lambda v: setattr(SETTINGS, "scale", v)),
+        (OfClass(), lambda v: setattr(OfClass, "scale", v)),
+        (OfClass(), lambda v: setattr(SETTINGS, "scale", v)),
+    ):
+        obj = gg.Objective(loss, (X,))
+        for value in (1.0, 3.0, 1.0):
+            change(value)
+            assert obj.value(w) == pytest.approx(value * X.sum() / ROWS)
+        assert len(programs(obj)) == 2
+
+
+def test_another_object_at_the_same_address() -> None:
+    def loss_of(large: Any) -> Any:
+        return lambda w: w * large
+
+    before = fingerprint(loss_of(np.ones(1_000_000)))
+    again = [fingerprint(loss_of(np.ones(1_000_000))) for _ in range(5)]
+    assert all(before != other for other in again)
 
 
 def test_many_threads_at_once(rng: np.random.Generator) -> None:
