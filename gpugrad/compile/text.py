@@ -55,7 +55,7 @@ def pass_lines(kernel: RowPass, rows: str = "rows") -> list[str]:
     shapes = ", ".join(f"X{m}: {dtype} {rows} x {p}" for m, (dtype, p) in enumerate(kernel.matrices))
     lines = [f"one pass over {rows}: {shapes}"]
     lines += [f"  sum += {formula(e, names)}" for e in kernel.sums]
-    lines += [f"  vector += X{m} * {formula(e, names)}" for m, e in kernel.back]
+    lines += [f"  vector += X{m} * ({formula(e, names)})" for m, e in kernel.back]
     lines += [f"  row result = {formula(e, names)}" for e in kernel.outputs]
     return lines
 
