@@ -112,7 +112,7 @@ class Capture:
             return Constant(array)
         # by its place in memory: views of the same elements are the same constant
         at = array.data.ptr if backend.is_cuda_array(array) else array.__array_interface__["data"][0]
-        key = (at, array.shape, array.strides, array.dtype) if array.ndim else id(array)
+        key: Any = (at, array.shape, array.strides, array.dtype) if array.ndim else id(array)
         if isinstance(array, numpy.ndarray) and array.nbytes <= SMALL:
             # as it is now: the function may fill it anew before its next use
             key = (array.shape, array.dtype, array.tobytes())
