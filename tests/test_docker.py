@@ -28,7 +28,7 @@ def pins(name):
 @pytest.mark.parametrize(
     ("file", "wanted"),
     [
-        ("libraries.txt", PROJECT["project"]["dependencies"] + EXTRAS["data"] + EXTRAS["plot"]),
+        ("libraries.txt", PROJECT["project"]["dependencies"] + EXTRAS["data"] + EXTRAS["jit"] + EXTRAS["plot"]),
         ("cuda.txt", EXTRAS["cuda13"] + EXTRAS["kernels"]),
         ("test.txt", EXTRAS["test"]),
     ],
