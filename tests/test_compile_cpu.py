@@ -81,37 +81,50 @@ def values(dtype, rng):
     special = np.array([*special, *(-x for x in special), np.nan], dtype)
     sizes = np.exp(rng.uniform(np.log(f.tiny), np.log(f.max), 400))
     parts = [rng.standard_normal(400), rng.standard_normal(400) * 20, sizes, -sizes, 1 + rng.standard_normal(200) / 10]
+    quarters = np.pi / 2 * np.concatenate([np.arange(-40, 40), np.exp2(rng.uniform(0, 25, 300)).round()])
+    parts += [quarters, rng.uniform(-1e6, 1e6, 400), rng.uniform(-1.001, 1.001, 400), 1 - 2 ** rng.uniform(-50, -5, 99)]
     return np.concatenate([special, *(p.astype(dtype) for p in parts)])
 
 
-def wrong(got, x, exact, ulps):
-    """Return those of the numbers x at which `got` differs from mpmath's function by more than so many ulps."""
+def wrong(got, args, exact, ulps):
+    """Return those of the arguments at which `got` differs from mpmath's function by more than so many ulps."""
     bad = []
     with mpmath.workprec(120), np.errstate(all="ignore"):
-        for y, at in zip(got, x, strict=True):
-            truth = exact(mpmath.mpf(float(at)))
+        for y, *at in zip(got, *args, strict=True):
+            truth = exact(*(mpmath.mpf(float(x)) for x in at))
             near = y.dtype.type(float(truth))
             if np.isfinite(near) and np.isfinite(y):
                 step = max(np.spacing(np.abs(near)), np.finfo(y.dtype).smallest_subnormal)
                 if abs(mpmath.mpf(float(y)) - truth) > ulps * float(step):
-                    bad.append(float(at))
+                    bad.append(at)
             elif not (y == near or abs(truth) > 0.999 * float(np.finfo(y.dtype).max)):
-                bad.append(float(at))
+                bad.append(at)
     return bad
 
 
+# mpmath's functions, and where they are compared with
 EXACT = {
-    "exp": mpmath.exp,
-    "expm1": mpmath.expm1,
-    "log": mpmath.log,
-    "log1p": mpmath.log1p,
-    "log2": lambda x: mpmath.log(x) / mpmath.log(2),
-    "log10": mpmath.log10,
-    "tanh": mpmath.tanh,
-    "sinh": mpmath.sinh,
-    "cosh": mpmath.cosh,
+    "exp": (mpmath.exp, lambda x: np.abs(x) < 1000),
+    "expm1": (mpmath.expm1, lambda x: np.abs(x) < 1000),
+    "log": (mpmath.log, lambda x: x > 0),
+    "log1p": (mpmath.log1p, lambda x: x > -1),
+    "log2": (lambda x: mpmath.log(x) / mpmath.log(2), lambda x: x > 0),
+    "log10": (mpmath.log10, lambda x: x > 0),
+    "tanh": (mpmath.tanh, lambda x: np.abs(x) < 1000),
+    "sinh": (mpmath.sinh, lambda x: np.abs(x) < 1000),
+    "cosh": (mpmath.cosh, lambda x: np.abs(x) < 1000),
+    "sin": (mpmath.sin, np.isfinite),
+    "cos": (mpmath.cos, np.isfinite),
+    "tan": (mpmath.tan, np.isfinite),
+    "asin": (mpmath.asin, lambda x: np.abs(x) <= 1),
+    "acos": (mpmath.acos, lambda x: np.abs(x) <= 1),
+    "atan": (mpmath.atan, np.isfinite),
 }
-ABOVE = {"log": 0, "log1p": -1, "log2": 0, "log10": 0}
+EXACT_OF_TWO = {
+    "pow": (mpmath.power, lambda x, y: (x > 0) & (np.abs(y * np.log(np.where(x > 0, x, 1))) < 800)),
+    "atan2": (mpmath.atan2, lambda x, y: (x != 0) | (y != 0)),
+    "hypot": (mpmath.hypot, lambda x, y: True),
+}
 UNARY = ["neg", "abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "log2", "log10", "sin", "cos", "tan", "asin"]
 UNARY += ["acos", "atan", "sinh", "cosh", "tanh", "floor", "isnan", "isfinite"]
 LOGICAL = ["and", "or", "not", "where"]
@@ -120,12 +133,32 @@ BINARY = [fn for fn in scalar.FUNCTIONS if fn not in [*UNARY, *LOGICAL]]
 
 @needs_numba
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_exponentials_and_logarithms_are_within_two_units_of_the_truth(dtype, rng):
+def test_functions_are_within_two_units_of_the_truth(dtype, rng):
     x = values(dtype, rng)
     got = dict(zip(UNARY, flat([scalar.apply(fn, scalar.argument(0, dtype)) for fn in UNARY], [x]), strict=True))
-    for fn, exact in EXACT.items():
-        inside = np.isfinite(x) & (np.abs(x) < 1000 if fn not in ABOVE else x > ABOVE[fn])
-        assert not wrong(got[fn][inside], x[inside], exact, 2.0), fn
+    for fn, (exact, domain) in EXACT.items():
+        inside = np.isfinite(x) & domain(x)
+        assert not wrong(got[fn][inside], [x[inside]], exact, 2.0), fn
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_functions_of_two_numbers_are_within_two_units_of_the_truth(dtype, rng):
+    x = values(dtype, rng)
+    x, y = np.concatenate([[x, rng.permutation(x)], rng.standard_normal((2, 1000)).astype(dtype)], 1)
+    # powers that fill the range of results, of numbers of every size and near 1
+    base = np.abs(np.concatenate([rng.choice(x[np.isfinite(x) & (x != 0)], 500), 1 + rng.standard_normal(500) / 99]))
+    base = base.astype(dtype)
+    base = base[base != 1]
+    power = rng.uniform(-1, 1, base.size) * np.log(float(np.finfo(dtype).max)) / np.log(base.astype(DOUBLE))
+    with np.errstate(over="ignore"):
+        x, y = np.concatenate([x, base]), np.concatenate([y, power.astype(dtype)])
+    a, b = scalar.argument(0, dtype), scalar.argument(1, dtype)
+    roots = [scalar.apply(fn, a, b) for fn in EXACT_OF_TWO]
+    for got, (fn, (exact, domain)) in zip(flat(roots, [x, y]), EXACT_OF_TWO.items(), strict=True):
+        with np.errstate(all="ignore"):
+            inside = np.isfinite(x) & np.isfinite(y) & domain(x.astype(DOUBLE), y.astype(DOUBLE))
+        assert not wrong(got[inside], [x[inside], y[inside]], exact, 2.0), fn
 
 
 @needs_numba
@@ -146,7 +179,8 @@ def test_every_function_agrees_with_numpy_also_at_special_values(dtype, rng):
             eps = np.finfo(dtype).eps
             atol = {"logaddexp": 2 * eps}.get(fn, 4 * np.finfo(dtype).smallest_subnormal)
             np.testing.assert_allclose(got, wanted, rtol=5 * eps, atol=atol, err_msg=fn)
-            signed = ["neg", "abs", "sqrt", "expm1", "log1p", "sin", "atan", "sinh", "tanh", "floor", "copysign", "mul"]
+            signed = ["neg", "abs", "sqrt", "expm1", "log1p", "sin", "tan", "asin", "atan", "sinh", "tanh", "floor"]
+            signed += ["copysign", "mul", "atan2", "pow"]
             if fn in signed:
                 zero = (got == 0) & (wanted == 0)
                 np.testing.assert_array_equal(np.signbit(got)[zero], np.signbit(wanted)[zero], err_msg=fn)
@@ -234,7 +268,7 @@ def test_a_fault_in_the_exponential_is_found(there, planted, monkeypatch, rng):
     x = rng.uniform(-80, 80, (1, 500)).astype(SINGLE)
     y = np.empty_like(x)
     cpu_code.loop(loop)([x], [y], 1, 1, 500)
-    assert wrong(y[0], x[0], mpmath.exp, 2.0)
+    assert wrong(y[0], [x[0]], mpmath.exp, 2.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ Loop

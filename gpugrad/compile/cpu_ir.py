@@ -6,7 +6,7 @@ products and sums happen in the order written, and NaN and infinities are what I
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -239,16 +239,32 @@ class Code:
         """Call an LLVM intrinsic whose result is of the kind of its arguments."""
         return self.call(f"llvm.{name}.{_suffix(args[0])}", args[0].kind, args)
 
-    def each_lane(self, name: str, *args: Vector) -> Vector:
-        """Call a scalar function for every lane."""
-        x = args[0]
+    def each_lane(self, name: str, x: Vector) -> Vector:
+        """Call a scalar function for every lane, in a loop through memory: little code."""
         if x.lanes == 1:
-            return self.call(name, x.kind, args)
-        out = Vector(self, x.kind, x.lanes, "poison")
-        for k in range(x.lanes):
-            y = self.call(name, x.kind, [a.lane(k) for a in args])
-            out = self.emit(x.kind, x.lanes, f"insertelement {out.typed}, {y.typed}, i32 {k}")
-        return out
+            return self.call(name, x.kind, [x])
+        place = self.allocate(x.kind, x.lanes)
+        self.store(x, place)
+        with self.loop(0, self.number(x.lanes, "i8"), 1) as k:
+            here = self.at(place, k * size_of(x.kind))
+            self.store(self.call(name, x.kind, [self.load(here, x.kind)]), here)
+        return self.load(place, x.kind, x.lanes)
+
+    def rarely(self, condition: Vector, other: Callable[[], Vector], usual: Vector) -> Vector:
+        """Return other() where a condition holds, else usual; skip what other writes where no lane needs it."""
+        name = self.fresh()[1:]
+        some = condition
+        if condition.lanes > 1:
+            some = self.call(f"llvm.vector.reduce.or.{_suffix(condition)}", "b1", [condition], 1)
+        some = self.call("llvm.expect.i1", "b1", [some, self.number(False, "b1")])
+        before = self._block
+        self.lines.append(f"  br {some.typed}, label %{name}.then, label %{name}.end")
+        self.open(f"{name}.then")
+        mixed = self.select(condition, other(), usual)
+        after = self._block
+        self.block(f"{name}.end")
+        pairs = f"[ {usual.name}, %{before} ], [ {mixed.name}, %{after} ]"
+        return self.emit(usual.kind, usual.lanes, f"phi {usual.type} {pairs}")
 
     def select(self, condition: Vector, x: Operand, y: Operand) -> Vector:
         """Return x where condition holds, else y; one of them may be a number."""
