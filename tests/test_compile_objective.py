@@ -346,6 +346,16 @@ def test_integers_in_one_row(captured: str, rng: np.random.Generator) -> None:
         programs(obj)
 
 
+def test_transposed_rows_in_pointwise_work(captured: str, rng: np.random.Generator) -> None:
+    def loss(W: Any, X: Any) -> Any:
+        return gg.logsumexp((np.array([[1.0], [2.0]]) + (W @ X.T)).T, axis=1)
+
+    X, W = rng.normal(size=(ROWS, 3)), rng.normal(size=(2, 3))
+    obj = gg.Objective(loss, (X,))
+    same(obj.value_and_grad(W), eagerly(loss, (X,)).value_and_grad(W), 1e-10)
+    programs(obj)
+
+
 def test_what_no_row_is_in_becomes_rows(rng: np.random.Generator) -> None:
     X, W = rng.normal(size=(50_000, 4)), rng.normal(size=(250, 200))
 

@@ -428,6 +428,8 @@ class _Scalars:
         a = self.of(value)
         if self.rows in value.shape or value.ndim < out.ndim:
             return a
+        if value.shape[0] != 1:
+            raise NotByRows("work on transposed rows")
         return a.reshape(a.shape[1:])  # a uniform value with an axis of length 1 where the rows are
 
     def _product(self, eq: Equation) -> Any:
