@@ -498,7 +498,7 @@ def test_show_tells_operations_loops_buffers_and_bytes(capsys: Any) -> None:
     X = np.ones((200_000, 32), np.float32)
     f.show(np.ones(32, np.float32), X, np.ones(200_000, np.float32))
     text = capsys.readouterr().out
-    assert ("one pass over 200,000 rows" in text) if JIT is None else ("blocks of" in text)
+    assert ("one pass over 200,000 rows" if JIT is None else "loop 1 x 200000") in text
 
 
 def test_small_products_hold_blas_to_one_thread(monkeypatch: Any) -> None:
