@@ -373,6 +373,9 @@ class Objective:
                     return None  # for constants of the loss; next time there may be room
                 found = (str(error).splitlines() or [type(error).__name__])[0]
             self._keep(key, found)
+            if fingerprint(self.loss) != key[-1]:  # it changes what it refers to: running it is not all that it is for
+                self._capturing = False
+                found = "calling it changes what it refers to"
         return found
 
     def _with_penalty(

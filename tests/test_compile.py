@@ -1,5 +1,6 @@
 """Captured functions give what they give eagerly: every op, transforms around and within, and what capture refuses."""
 
+import dataclasses
 import functools
 import threading
 import warnings
@@ -276,6 +277,29 @@ def test_captured_once_a_signature(rng: np.random.Generator) -> None:
     close(f(np.ones(3), 5), np.full(3, 5.0))
     with pytest.raises(TypeError, match="hashable"):
         f(np.ones(3), [object(), {1, 2}])
+
+
+def test_static_objects_count_by_what_is_in_them() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Setting:
+        scale: Any
+
+    f = gg.compile(lambda x, s: x * s.scale)
+    x = np.arange(3)
+    close(f(x, Setting(2)), x * 2)
+    close(f(x, Setting(2.0)), x * 2.0)
+
+    class Model:
+        scale = 1.0
+
+        @gg.compile
+        def apply(self, x: Any) -> Any:
+            return x * self.scale
+
+    model = Model()
+    close(model.apply(np.ones(2)), np.ones(2))
+    model.scale = 5.0
+    close(model.apply(np.ones(2)), np.full(2, 5.0))
 
 
 def test_many_shapes_warn_and_the_cache_is_bounded() -> None:

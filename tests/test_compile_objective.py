@@ -322,6 +322,31 @@ def test_something_random(rng: np.random.Generator) -> None:
     assert obj.value(np.ones(4)) != first, "drawn anew every time, as eagerly"
 
 
+def test_a_branch_on_the_number_of_rows(rng: np.random.Generator) -> None:
+    X, y = rng.normal(size=(ROWS, 4)), rng.normal(size=ROWS)
+
+    def loss(w: Any, X: Any, y: Any) -> Any:
+        return (X @ w - y) ** 2 if len(X) > 5000 else gg.abs(X @ w - y)
+
+    not_captured(loss, (X, y), np.ones(4), "every number of rows")
+
+
+def test_a_loss_that_keeps_a_record(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(ROWS, 4))
+    seen: list[Any] = []
+
+    def loss(w: Any, X: Any) -> Any:
+        seen.append(len(X))
+        return X @ w
+
+    obj = gg.Objective(loss, (X,))
+    with pytest.warns(errors.CaptureWarning, match="changes what it refers to"):
+        obj.value(np.ones(4))
+    before = len(seen)
+    obj.value(np.ones(4))
+    assert len(seen) > before
+
+
 def test_rows_that_mix(rng: np.random.Generator) -> None:
     X, y = rng.normal(size=(100, 4)), rng.normal(size=100)
     not_captured(

@@ -48,22 +48,21 @@ class Outputs:
             return numpy.empty(shape, dtype)
         with self.lock:
             kept = self.kept.setdefault((shape, dtype), [])
-            for array in kept:
-                if sys.getrefcount(array) == _ALONE:
-                    array.flags.writeable = True
-                    return array
+            alone = next((k for k, count in enumerate(_references(kept)) if count == _ALONE), None)
+            if alone is not None:
+                kept[alone].flags.writeable = True
+                return kept[alone]
             array = numpy.empty(shape, dtype)
             if (len(kept) + 1) * size <= KEPT_BYTES:
                 kept.append(array)
             return array
 
 
-def _references() -> int:
-    kept = [numpy.empty(1)]
-    return next(sys.getrefcount(array) for array in kept)
+def _references(kept: list[Array]) -> list[int]:
+    return [sys.getrefcount(array) for array in kept]
 
 
-_ALONE = _references()  # what getrefcount says of an array that a list holds, asked from within a loop over it
+(_ALONE,) = _references([numpy.empty(1)])  # what is counted for an array that only a list holds
 
 
 class Instance:

@@ -264,7 +264,8 @@ def _static(leaf: Any, name: str) -> Any:
             f"gpugrad.compile: an argument of {name} is a {type(leaf).__name__}, which is neither an array nor "
             "hashable; pass arrays, or close over it"
         ) from None
-    return ("static", type(leaf), leaf)
+    # equal objects may mean different things, and one object may come to mean something else
+    return ("static", type(leaf), leaf if isinstance(leaf, (bool, int, str, type(None))) else fingerprint(leaf))
 
 
 def _identity(leaf: Any) -> Any:

@@ -21,7 +21,9 @@ from gpugrad.tensor import Tensor
 from gpugrad.transforms import grad, value_and_grad
 
 Want = Literal["value", "gradient", "product"]
-_LENGTHS = (10_007, 10_009, 10_037, 10_039, 10_061, 10_067, 10_069, 10_079, 10_091, 10_093)  # primes
+# Numbers of rows to capture at, primes: one is many and one few, so that a branch on how many there are shows.
+_MANY = (10_007, 10_009, 10_037, 10_039, 10_061, 10_067, 10_069, 10_079, 10_091, 10_093)
+_FEW = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149)
 
 
 def directional(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ def loss_program(
     multiplied by.
     """
     taken = {n for v in params for n in v.shape} | {n for v in data for n in v.shape[1:]}
-    first, second = [n for n in _LENGTHS if not any(m % n == 0 and m for m in taken)][:2]
+    first, second = (next(n for n in lengths if not any(m % n == 0 and m for m in taken)) for lengths in (_MANY, _FEW))
     one, other = (_captured(loss, want, params, structure, data, n, device, scaled) for n in (first, second))
     if not alike(one, other, (first, second)):
         raise CaptureError(

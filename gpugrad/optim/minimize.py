@@ -327,8 +327,8 @@ def minimize(
 ) -> Result:
     """Minimise an objective over a pytree of parameters.
 
-    obj: a function params -> scalar, an `Objective`, or any object with ``value_and_grad(params)``; mini-batches need
-    its ``batches(batch_size, seed)``.
+    obj: a function params -> scalar (captured as by `gpugrad.compile` if it closes over much data), an `Objective`, or
+    any object with ``value_and_grad(params)``; mini-batches need its ``batches(batch_size, seed)``.
     params: where to start; a floating array, Tensor or Python number, or a pytree of them. Never written to.
     method: "gd", "sgd", "adam", "adamw", "lbfgs", or an optimiser, such as ``gpugrad.optim.SGD(lr=0.1, momentum=0.9)``,
     whose state then goes on from where it is.
