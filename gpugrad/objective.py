@@ -357,26 +357,29 @@ class Objective:
         if not self._capturing or not {"raise", "call"}.isdisjoint(numpy.geterr().values()):
             return None  # who wants to hear of overflows hears of them from NumPy
         try:
-            key = (want, structure, tuple((a.shape, a.dtype) for a in arrays), fingerprint(self.loss))
-            found: RowProgram | DeviceLoss | str | None = self._programs.get(key)
+            meaning = fingerprint(self.loss)
+            shapes = tuple((a.shape, a.dtype) for a in arrays)
+            found: RowProgram | DeviceLoss | str | None = self._programs.get((want, structure, shapes, meaning))
         except Exception:  # an object that does not want to be looked at
             return None
-        if found is None:
+        if found is not None:
+            return found
+        made = DeviceLoss if self.device.kind == "cuda" else _on_rows
+        params, data = ([Value(a.shape, a.dtype) for a in some] for some in (arrays, self.data))
+        for _ in range(2):
             try:
-                made = DeviceLoss if self.device.kind == "cuda" else _on_rows
-                found = made(
-                    self.loss, want, [Value(a.shape, a.dtype) for a in arrays], structure,
-                    [Value(a.shape, a.dtype) for a in self.data], self.device,
-                )  # fmt: skip
+                found = made(self.loss, want, params, structure, data, self.device)
             except Exception as error:  # whatever the loss does: it may well run eagerly
                 if backend.out_of_memory(error):
                     return None  # for constants of the loss; next time there may be room
                 found = (str(error).splitlines() or [type(error).__name__])[0]
-            self._keep(key, found)
-            if fingerprint(self.loss) != key[-1]:  # it changes what it refers to: running it is not all that it is for
-                self._capturing = False
-                found = "calling it changes what it refers to"
-        return found
+            before, meaning = meaning, fingerprint(self.loss)
+            if meaning == before:
+                self._keep((want, structure, shapes, meaning), found)
+                return found
+            # once: what it keeps for itself is filled now
+        self._capturing = False  # running it is not all that it is for
+        return "calling it changes what it refers to"
 
     def _with_penalty(
         self, penalty: Callable[[Any], Any], total: Any, grads: list[Any], arrays: list[Any], structure: Any

@@ -1,6 +1,7 @@
 """Captured losses: an Objective gives what it gives eagerly, finds linear models in whatever loss was written, and
 falls back, with one warning, where a loss cannot be captured."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -345,6 +346,22 @@ def test_a_loss_that_keeps_a_record(rng: np.random.Generator) -> None:
     before = len(seen)
     obj.value(np.ones(4))
     assert len(seen) > before
+
+
+def test_a_loss_that_fills_a_cache_of_its_own(rng: np.random.Generator) -> None:
+    class Model:
+        @functools.cached_property
+        def scale(self) -> float:
+            return 2.0
+
+        def loss(self, w: Any, X: Any) -> Any:
+            return self.scale * (X @ w)
+
+    X = rng.normal(size=(ROWS, 4))
+    obj = gg.Objective(Model().loss, (X,))
+    assert obj.value(np.ones(4)) == pytest.approx(2 * np.mean(X.sum(1)))
+    assert obj.value(np.ones(4)) == pytest.approx(2 * np.mean(X.sum(1)))
+    assert len(programs(obj)) == 1
 
 
 def test_rows_that_mix(rng: np.random.Generator) -> None:

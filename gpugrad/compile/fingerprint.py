@@ -145,7 +145,7 @@ def _is_library(name: Any) -> bool:
 
 
 def _of_function(fun: types.FunctionType, deep: int, within: set[int]) -> Any:
-    if _is_library(fun.__module__) and fun.__closure__ is None:
+    if _is_library(fun.__module__) and (fun.__closure__ is None or hasattr(fun, "op")):  # the function of an op
         return _Same(fun)
     names = _names(fun.__code__)
     cells = []
