@@ -59,6 +59,7 @@ class Abstract:
         """Return the result of an op on arguments of which this is one."""
         raise NotImplementedError
 
+
 # glibc gives memory above 128 KiB back to the system with every free, and each new array of that size then pays
 # for its page faults: ten times what the arithmetic costs. Freeing one block of 31 MiB (never touched, so never
 # really there) makes malloc raise that limit for good and keep up to 64 MiB for reuse. Elsewhere it does nothing.

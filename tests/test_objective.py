@@ -10,7 +10,6 @@ import pytest
 import threadpoolctl
 
 import gpugrad as gg
-from gpugrad import objective as module
 
 
 def linear_loss(params: Any, X: Any, y: Any) -> Any:
