@@ -23,14 +23,15 @@ import optree
 
 from gpugrad import backend
 from gpugrad import threads as _workers
-from gpugrad.compile.cpu import has_compiler
+from gpugrad.compile.cpu import MUCH_WORK, has_compiler
 from gpugrad.compile.cpu_rows import RowProgram
 from gpugrad.compile.cuda import DeviceProgram
 from gpugrad.compile.cuda_rows import DeviceLoss, penalty_program
-from gpugrad.compile.fingerprint import fingerprint
+from gpugrad.compile.fingerprint import Unclear, fingerprint
 from gpugrad.compile.losses import Want, directional, loss_program
 from gpugrad.compile.program import Value
 from gpugrad.errors import (
+    CaptureError,
     CaptureWarning,
     DeviceMemoryError,
     DeviceMemoryWarning,
@@ -174,6 +175,9 @@ class Objective:
 
     # ------------------------------------------------------------------------------------------- evaluation
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_programs": {}}  # what was captured is captured again
+
     def value(self, params: Any) -> float:
         """Return the objective at params. Raises NonFiniteLoss, ShapeMismatch."""
         total, _ = self._evaluate(params, gradients=False, check=True)
@@ -204,8 +208,10 @@ class Objective:
         along, other = optree.tree_flatten(v)
         shapes = [numpy.shape(_plain(leaf)) for leaf in given]
         if other != structure or [numpy.shape(_plain(leaf)) for leaf in along] != shapes:
+            got = [numpy.shape(_plain(leaf)) for leaf in along]
             raise ShapeMismatch(
-                f"Objective.hvp: v has structure {other}; expected that of params, {structure}, and shapes"
+                f"Objective.hvp: v has structure {other} and shapes {got}; expected that of params, {structure}, and "
+                f"shapes {shapes}"
             )
         with backend.activate(self.device):
             if self._ready is not None:
@@ -360,6 +366,8 @@ class Objective:
             meaning = fingerprint(self.loss)
             shapes = tuple((a.shape, a.dtype) for a in arrays)
             found: RowProgram | DeviceLoss | str | None = self._programs.get((want, structure, shapes, meaning))
+        except Unclear as error:
+            return f"it refers to {error}, which may change unnoticed"
         except Exception:  # an object that does not want to be looked at
             return None
         if found is not None:
@@ -735,6 +743,10 @@ class Objective:
                 "value_and_grad of the Objective itself"
             )
         array = _plain(leaf)
+        if isinstance(array, backend.Abstract):
+            raise CaptureError(
+                "Objective: called within a captured function; it captures its own loss: call it outside"
+            )
         if not backend.is_array(array):
             raise TypeError(f"Objective: a parameter is a {type(leaf).__name__}; expected an array, Tensor or float")
         if array.dtype.kind != "f":
@@ -754,7 +766,8 @@ class Objective:
         """Return an accumulated gradient as the kind and dtype of its parameter."""
         if type(leaf) is float:
             return float(acc)
-        g = own(acc.astype(_plain(leaf).dtype, copy=False), shared)
+        g = own(numpy.asarray(acc, _plain(leaf).dtype) if isinstance(acc, numpy.generic) else acc, shared)
+        g = g if g.dtype == _plain(leaf).dtype else g.astype(_plain(leaf).dtype)
         return box(g, None) if type(leaf) is Tensor else g
 
     def _block_rows(self, arrays: list[Any], structure: Any) -> int:
@@ -836,7 +849,10 @@ class Objective:
 
 
 def _on_rows(*loss: Any) -> RowProgram:
-    return RowProgram(loss_program(*loss))
+    made = RowProgram(loss_program(*loss))
+    if made.kernel is None and made.work > MUCH_WORK:
+        raise CaptureError("compiling it would take longer than it is likely to save")
+    return made
 
 
 def _is_traced(node: Node | None) -> bool:

@@ -183,6 +183,8 @@ class Tensor:
         return format(self.item(), spec) if spec and self.ndim == 0 else format(str(self), spec)
 
     def __repr__(self) -> str:
+        if isinstance(self._data, backend.Abstract):
+            return f"Tensor(captured, shape={self.shape}, dtype={self.dtype})"
         body = numpy.array2string(self.numpy(), separator=", ", prefix="Tensor(")
         where = "" if self.device == "cpu" else f", device='{self.device}'"
         tracked = ", requires_grad=True" if self.requires_grad else ""

@@ -302,6 +302,49 @@ def test_static_objects_count_by_what_is_in_them() -> None:
     close(model.apply(np.ones(2)), np.full(2, 5.0))
 
 
+def test_numbers_are_no_new_kernels(executor: str) -> None:
+    f = gg.compile(lambda x, n: gg.sum(x / n) * 0.37)
+    for n in (7.5, 11, 13):
+        close(f(np.ones(5), n), np.float64(5 / n * 0.37))
+    from gpugrad.compile.executable import _with_numbers
+
+    keys = []
+    for n in (300, 301):
+        program, _ = steps_of(gg.value_and_grad(least_squares), np.ones(3), np.ones((n, 3)), np.ones(n))
+        opened, numbers = _with_numbers(program)
+        assert numbers
+        keys.append([s.loop.key() for s in Fuser(opened).steps if isinstance(s, Kernel)])
+    assert keys[0] == keys[1]
+
+
+def test_much_code_is_many_small_loops(executor: str) -> None:
+    def long(x: Any) -> Any:
+        for _ in range(150):
+            x = gg.sin(x) + 0.1 * x
+        return gg.sum(x)
+
+    x = np.linspace(0.1, 1, 20)
+    close(gg.compile(gg.value_and_grad(long))(x), gg.value_and_grad(long)(x), factor=100)
+
+
+def test_a_refusal_that_is_swallowed_holds() -> None:
+    def careful(x: Any) -> Any:
+        try:
+            return x if x > 0 else -x
+        except Exception:
+            return -x
+
+    with pytest.raises(errors.CaptureError, match="a value is read"):
+        gg.compile(careful)(2.0)
+
+
+def test_captured_tensors_can_be_shown() -> None:
+    shown = []
+    gg.compile(lambda x: (shown.append(repr(x)), x)[1])(np.ones((2, 3)))
+    assert shown == ["Tensor(captured, shape=(2, 3), dtype=float64)"]
+    assert repr(gg.compile(least_squares)) == "gpugrad.compile(least_squares)"
+
+
 def test_many_shapes_warn_and_the_cache_is_bounded() -> None:
     f = gg.compile(lambda x: x + 1)
     with warnings.catch_warnings():

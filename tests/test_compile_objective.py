@@ -1,8 +1,11 @@
 """Captured losses: an Objective gives what it gives eagerly, finds linear models in whatever loss was written, and
 falls back, with one warning, where a loss cannot be captured."""
 
+import collections
+import copy
 import functools
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -472,6 +475,40 @@ def test_a_loss_that_means_something_else_is_captured_again(rng: np.random.Gener
     assert obj.value(w) == pytest.approx(2 * first)
     small[0] = 3.0
     assert obj.value(w) == pytest.approx(6 * first)
+
+
+def test_what_cannot_be_looked_at_is_not_captured(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(ROWS, 4))
+    for held in (collections.deque([2.0]), [2.0] * 5000, dict.fromkeys(range(5000), 2.0)):
+        not_captured(lambda w, X, held=held: held[0] * (X @ w), (X,), np.ones(4), "may change unnoticed")
+
+
+def test_an_objective_is_copied_and_pickled_after_use(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(ROWS, 4))
+    obj = gg.Objective(row_sums, (X,))
+    value = obj.value(np.ones(4))
+    assert copy.deepcopy(obj).value(np.ones(4)) == value
+    assert pickle.loads(pickle.dumps(obj)).value(np.ones(4)) == value
+
+
+def row_sums(w: Any, X: Any) -> Any:
+    return X @ w
+
+
+def test_parameters_of_no_axes_keep_their_kind(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(ROWS, 4)).astype(np.float32)
+    p = {"w": np.ones(4, np.float32), "a": np.array(0.5, np.float32), "b": np.float32(0.5), "c": 0.5}
+
+    def loss(p: Any, X: Any) -> Any:
+        return (X @ p["w"]) * p["a"] + p["b"] * p["c"]
+
+    same(gg.Objective(loss, (X,)).value_and_grad(p), eagerly(loss, (X,)).value_and_grad(p), 1e-5)
+
+
+def test_an_objective_within_a_captured_function(rng: np.random.Generator) -> None:
+    obj = gg.Objective(row_sums, (rng.normal(size=(ROWS, 4)),))
+    with pytest.raises(errors.CaptureError, match="call it outside"):
+        gg.compile(lambda w: obj.value(w))(np.ones(4))
 
 
 def test_fingerprints() -> None:

@@ -78,7 +78,11 @@ class Tracer(Abstract):
         return self.shape[0]
 
     def _read(self, *_args: Any, **_options: Any) -> Any:
-        raise self.capture.refused("a value is read", "gpugrad.where(condition, a, b) in place of if")
+        raise self.capture.refused(
+            "a value is read",
+            "gpugrad.where(condition, a, b) in place of if, gpugrad's functions in place of NumPy's and Python's, and "
+            "no index or shape that depends on data",
+        )
 
     item = copy = tolist = __bool__ = __float__ = __int__ = __index__ = __array__ = __dlpack__ = __format__ = _read
     __iter__ = __complex__ = _read
@@ -92,12 +96,14 @@ class Capture:
         self.equations: list[Equation] = []
         self.constants: dict[Any, Constant] = {}
         self.start = next(_op._sequence)
+        self.refusal: CaptureError | None = None  # holds even where the function catches it
 
     def refused(self, what: str, remedy: str) -> CaptureError:
         """Return the error for something that cannot be captured, naming the user's line."""
-        return CaptureError(
+        self.refusal = CaptureError(
             f"{user_line()}: {what} while {self.name} is captured, which runs without values; use {remedy}"
         )
+        return self.refusal
 
     # ------------------------------------------------------------------------------------------------ values
 
@@ -225,6 +231,8 @@ def capture(fun: Callable[..., Any], leaves: Sequence[Any], structure: Any, devi
         raise
     finally:
         recording.capturing = before
+    if recorder.refusal is not None:
+        raise recorder.refusal
     results, out_structure = optree.tree_flatten(out)
     outputs: list[Value] = []
     shown: list[Any] = []

@@ -14,13 +14,15 @@ from typing import Any
 import numpy
 
 from gpugrad.compile import cpu_blocks, cpu_code
-from gpugrad.compile.fuse import Call, Kernel, Step, View
+from gpugrad.compile.fuse import Call, Fuser, Kernel, Step, View, work
 from gpugrad.compile.plan import Plan, plan, writes_in_place
-from gpugrad.compile.program import Constant, Equation, Value
+from gpugrad.compile.program import Constant, Equation, Program, Value
 
 Array = numpy.ndarray[Any, Any]
 Env = list[Any]
 Action = Callable[[Env], None]
+SHORT = 12  # cost of an expression, above which it is stored where loops run on NumPy
+MUCH_WORK = 5000  # cost of a program's loops, above which they run on NumPy: compiling would take over ten seconds
 KEPT_BYTES = 256 << 20  # results of one program that are kept for the caller to drop
 
 
@@ -29,9 +31,19 @@ def has_compiler() -> bool:
     return cpu_code.available() is None
 
 
-def loop_runner(kernel: Kernel) -> Callable[..., list[Any]]:
+def fused(program: Program) -> list[Step]:
+    """Return the steps of a program: few loops that are compiled, or many on NumPy that compute nothing twice."""
+    if has_compiler():
+        steps = Fuser(program).steps
+        if work(steps) <= MUCH_WORK:
+            return steps
+    return Fuser(program, long=SHORT).steps
+
+
+def loop_runner(kernel: Kernel, compiled: bool = True) -> Callable[..., list[Any]]:
     """Return what runs a fused loop: compiled where numba is there and takes its dtypes, else on NumPy."""
-    return (cpu_code.loop(kernel.loop) if has_compiler() else None) or cpu_blocks.loop(kernel.loop)
+    found = cpu_code.loop(kernel.loop) if compiled and has_compiler() else None
+    return found or cpu_blocks.loop(kernel.loop)
 
 
 class Outputs:
@@ -81,6 +93,7 @@ class Instance:
         self.plan = plan(steps, inputs, outputs) if the_plan is None else the_plan
         self.inputs, self.outputs, self.threads, self.memory = inputs, outputs, threads, memory
         self.buffers = [numpy.empty(n, numpy.uint8) for n in self.plan.buffers] if buffers is None else buffers
+        self.compiled = work(steps) <= MUCH_WORK
         self.slots: dict[Value, int] = {}
         self.static: dict[Value, Array] = {}
         for value in inputs:
@@ -150,7 +163,7 @@ class Instance:
         return lambda env: env[slot]
 
     def _kernel(self, step: Kernel) -> Action:
-        run, rows, columns, threads = loop_runner(step), step.rows, step.columns, self.threads
+        run, rows, columns, threads = loop_runner(step, self.compiled), step.rows, step.columns, self.threads
         known: list[Any] = [None] * (len(step.inputs) + len(step.outputs))
         direct: list[tuple[int, int, tuple[int, ...] | None]] = []  # position, slot, shape if it has to be changed
         others: list[tuple[int, Callable[[Env], Array], tuple[int, ...]]] = []

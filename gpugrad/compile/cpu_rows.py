@@ -12,8 +12,8 @@ import numpy
 
 from gpugrad import threads as _threads
 from gpugrad.compile import cpu_code
-from gpugrad.compile.cpu import Instance, Outputs, has_compiler
-from gpugrad.compile.fuse import Fuser, Step
+from gpugrad.compile.cpu import Instance, Outputs, fused, has_compiler
+from gpugrad.compile.fuse import Step, work
 from gpugrad.compile.plan import Plan, plan
 from gpugrad.compile.program import Program, Value
 from gpugrad.compile.rows import PassPlan, Split, resized, row_pass
@@ -24,6 +24,7 @@ OPERAND_BYTES = 2 << 20  # the widest intermediate of a block: the second-level 
 BUFFER_BYTES = 20 << 20  # all buffers of a block, a thread
 DATA_BYTES = 8 << 20  # data of a block
 STRIPES = 16
+PROBE_ROWS = 1 << 10  # of a block that is looked at to choose the size of the others
 STRIPE_BYTES = 32 << 20  # float64 sums of all stripes
 
 
@@ -32,7 +33,7 @@ class _Fixed:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.steps: list[Step] = Fuser(program).steps
+        self.steps: list[Step] = fused(program)
         self.plan: Plan = plan(self.steps, program.inputs, program.outputs)
         self.idle: list[Instance] = []
 
@@ -82,6 +83,11 @@ class RowProgram:
             )
         late = self._run(self.after, [*totals, *crossing])
         return [results[k] if where == "row" else late[k] for where, k in self.parts.outputs]
+
+    @property
+    def work(self) -> int:
+        """What there is to compile, as `fuse.work` counts it."""
+        return work(self._of(PROBE_ROWS).steps)
 
     def _is_row(self, value: Value) -> bool:
         return self.parts.rows in value.shape
@@ -142,7 +148,7 @@ class RowProgram:
     def block_rows(self, rows: int, threads: int) -> int:
         """Return the rows of a block: what fits the caches, every thread with as many blocks."""
         if not self._block_rows:
-            probe = 1 << 10
+            probe = PROBE_ROWS
             fixed = self._of(probe)
             made = [v.nbytes / probe for s in fixed.steps for v in s.outputs if v.ndim and v.shape[0] == probe]
             data = [v.nbytes / probe for v in fixed.program.inputs if v.ndim and v.shape[0] == probe]

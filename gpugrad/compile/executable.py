@@ -1,5 +1,6 @@
 """A program ready to run on a device, by several threads at once."""
 
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,9 +12,8 @@ import numpy
 from gpugrad import backend
 from gpugrad.backend import Device
 from gpugrad.compile import cpu_code, cuda_rows
-from gpugrad.compile.cpu import Instance, Outputs
+from gpugrad.compile.cpu import Instance, Outputs, fused
 from gpugrad.compile.cpu_rows import OPERAND_BYTES, RowProgram, rows_of
-from gpugrad.compile.fuse import Fuser
 from gpugrad.compile.plan import plan
 from gpugrad.compile.program import Constant, Equation, Program, Value
 from gpugrad.compile.rows import NotByRows, split
@@ -47,7 +47,7 @@ class _Whole:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.steps = Fuser(program).steps
+        self.steps = fused(program)
         self.threads = backend.available_cores()
         self.memory = Outputs()
         self.idle: list[Instance] = []
@@ -119,6 +119,10 @@ class _WithData:
 
 def executable(program: Program, device: Device) -> Executable:
     """Return a program ready to run on a device."""
+    if device.kind == "cpu":
+        program, numbers = _with_numbers(program)
+        if numbers:
+            return _WithData(executable(program, device), numbers)
     used = dict.fromkeys(v for eq in program.equations for v in eq.inputs)
     if device.kind == "cuda":  # one pass over the rows is fewer launches, however few rows there are
         large = [v for v in used if isinstance(v, Constant) and v.size > 1 and backend.is_cuda_array(v.array)]
@@ -130,6 +134,46 @@ def executable(program: Program, device: Device) -> Executable:
     equations = [replace(eq, inputs=tuple(data.get(v, v) for v in eq.inputs)) for eq in program.equations]
     opened = Program((*program.inputs, *data.values()), equations, program.outputs, program.name)
     return _WithData(_executable(opened, device), [v.array for v in large])
+
+
+_SPREADING = frozenset({"broadcast_to", "reshape"})
+_KNOWN = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)  # numbers that simplify what they are in
+
+
+def _with_numbers(program: Program) -> tuple[Program, list[Any]]:
+    """Return a program whose floating-point constants are arguments, and those constants.
+
+    Such as one divided by the number of rows: kernels are then the same for every number, and compiled once.
+    """
+    taken: dict[Any, Value] = {}
+    numbers: list[Any] = []
+
+    def opened(eq: Equation, position: int, value: Value) -> Value:
+        if not isinstance(value, Constant) or value.size != 1 or not (eq.op.pointwise or eq.op.name in _SPREADING):
+            return value
+        if eq.outputs[0].dtype not in (numpy.float32, numpy.float64) or (eq.op.name == "pow" and position):
+            return value
+        if value.dtype.kind != "f" and not (value.weak and value.dtype.kind == "i"):
+            return value
+        number = float(numpy.asarray(value.array).reshape(()))
+        if number in _KNOWN or not math.isfinite(number):
+            return value
+        dtype = numpy.dtype("float64") if value.weak else value.dtype
+        key = (number, dtype, value.weak, value.shape)
+        if key not in taken:
+            taken[key] = Value(value.shape, dtype, value.weak)
+            numbers.append(numpy.full(value.shape, number, dtype))
+        return taken[key]
+
+    equations = [
+        replace(eq, inputs=tuple(opened(eq, k, v) for k, v in enumerate(eq.inputs)))
+        if eq.op.name in _SPREADING or any(v.dtype.kind == "f" for v in eq.inputs if not isinstance(v, Constant))
+        else eq
+        for eq in program.equations
+    ]
+    if not numbers:
+        return program, []
+    return Program((*program.inputs, *taken.values()), equations, program.outputs, program.name), numbers
 
 
 def _executable(program: Program, device: Device) -> Executable:

@@ -6,8 +6,12 @@ Numbers, strings and arrays up to 64 KiB count by value, larger arrays and other
 a captured function closes over must not be changed in place.
 """
 
+import array
+import collections
+import contextvars
 import functools
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -17,6 +21,10 @@ import numpy
 
 from gpugrad.tensor import Tensor
 
+_MANY = 1000  # items of a container, above which looking at each in every call costs too much
+# What changes without a trace in attributes.
+_HIDDEN = (bytearray, memoryview, array.array, collections.deque, contextvars.ContextVar, threading.local)
+_HIDING = frozenset({"pandas", "polars", "pyarrow"})
 _DEEP = 8
 SMALL = 1 << 16
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, numpy.generic, numpy.dtype)
@@ -54,8 +62,15 @@ def data_bytes(meaning: Any) -> int:
     return sum(map(data_bytes, meaning)) if isinstance(meaning, (tuple, frozenset)) else 0
 
 
+class Unclear(Exception):
+    """A function refers to what cannot be looked at, or to too much of it."""
+
+
 def fingerprint(fun: Any) -> Any:
-    """Return something equal for as long as a function means the same."""
+    """Return something equal for as long as a function means the same.
+
+    Raises Unclear where that cannot be told: for objects that hide what is in them, and containers of thousands.
+    """
     return _of(fun, _DEEP, set(), ("__call__",))
 
 
@@ -82,6 +97,8 @@ def _of(value: Any, deep: int, within: set[int], names: Names) -> Any:
     if deep == 0 or id(value) in within:
         return _Same(value)
     within = within | {id(value)}
+    if isinstance(value, (tuple, list, set, frozenset, dict)) and len(value) > _MANY:
+        raise Unclear(f"a {type(value).__name__} of {len(value):,} items")
     if isinstance(value, (tuple, list)):
         return type(value), tuple(_of(item, deep - 1, within, names) for item in value)
     if isinstance(value, (set, frozenset)):
@@ -96,6 +113,8 @@ def _of(value: Any, deep: int, within: set[int], names: Names) -> Any:
         return _of(function, deep, within, names), _of(value.__self__, deep - 1, within, used)
     if isinstance(value, types.FunctionType):
         return _of_function(value, deep, within)
+    if isinstance(value, _HIDDEN) or type(value).__module__.partition(".")[0] in _HIDING:
+        raise Unclear(f"a {type(value).__name__}")
     home = type(value).__module__
     if home in sys.stdlib_module_names and home not in _SETTINGS:  # such as a logger
         return _Same(value)

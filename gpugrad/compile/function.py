@@ -16,7 +16,7 @@ from gpugrad import op as _op
 from gpugrad.compile.capture import FLOAT, TENSOR, Captured, capture, kind_of
 from gpugrad.compile.cpu import has_compiler
 from gpugrad.compile.executable import Executable, executable
-from gpugrad.compile.fingerprint import data_bytes, fingerprint
+from gpugrad.compile.fingerprint import Unclear, data_bytes, fingerprint
 from gpugrad.compile.program import Constant, Value, alike, simplified
 from gpugrad.errors import CaptureError, CaptureWarning, DeviceMismatch
 from gpugrad.op import Op, recording
@@ -61,6 +61,12 @@ class Compiled:
             return self._differentiable(leaves, structure)
         entry, arrays = self._entry(leaves, structure)
         return entry.captured.results(entry.run(arrays))
+
+    def __repr__(self) -> str:
+        return f"gpugrad.compile({self._name})"
+
+    def __reduce__(self) -> Any:
+        return compile, (self._fun,)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -264,8 +270,12 @@ def _static(leaf: Any, name: str) -> Any:
             f"gpugrad.compile: an argument of {name} is a {type(leaf).__name__}, which is neither an array nor "
             "hashable; pass arrays, or close over it"
         ) from None
-    # equal objects may mean different things, and one object may come to mean something else
-    return ("static", type(leaf), leaf if isinstance(leaf, (bool, int, str, type(None))) else fingerprint(leaf))
+    if isinstance(leaf, (bool, int, str, type(None))):
+        return ("static", type(leaf), leaf)
+    try:  # equal objects may mean different things, and one object may come to mean something else
+        return ("static", type(leaf), fingerprint(leaf))
+    except Unclear:
+        return ("static", type(leaf), leaf)
 
 
 def _identity(leaf: Any) -> Any:

@@ -26,6 +26,7 @@ from gpugrad.compile.scalar import (
     argument,
     cast,
     constant,
+    cost,
     evaluate_formula,
     in_order,
     substitute,
@@ -33,7 +34,8 @@ from gpugrad.compile.scalar import (
 from gpugrad.op import registry
 from gpugrad.ops.shape import axes_of
 
-LONG = 160  # operations in an expression, above which it is stored and not computed again
+LONG = 200  # cost of an expression, above which it is stored and not computed again
+LARGE = 500  # cost of a loop that takes no more work
 VIEWS = frozenset({"reshape", "permute_dims", "broadcast_to", "getitem", "flip", "diagonal"})
 
 
@@ -72,6 +74,12 @@ class View(Call):
 Step = Kernel | Call
 
 
+def work(steps: Sequence[Step]) -> int:
+    """Return the cost of all loops of a program: how much code there is to compile."""
+    loops = {s.loop.key(): s.loop for s in steps if isinstance(s, Kernel)}
+    return sum(cost((*loop.outputs, *(e for e, _ in loop.sums))) for loop in loops.values())
+
+
 @dataclass(eq=False)
 class _Sum:
     value: Value
@@ -89,10 +97,14 @@ class _Group:
 
 
 class Fuser:
-    """Turns a program into `steps`, in order, after which all its outputs exist."""
+    """Turns a program into `steps`, in order, after which all its outputs exist.
 
-    def __init__(self, program: Program) -> None:
+    long: cost of an expression, above which it is stored; small where computing it twice is what costs.
+    """
+
+    def __init__(self, program: Program, long: int = LONG) -> None:
         self.program = program
+        self.long = long
         self.steps: list[Step] = []
         self.expr: dict[Value, Expr] = {}
         self.leaves: list[Value] = []
@@ -181,7 +193,7 @@ class Fuser:
         if found is not None:
             out = eq.outputs[0]
             self.expr[out] = found
-            if len(in_order([found])) > LONG:
+            if cost([found]) > self.long:
                 self._demand(out)
             return
         if eq.op.name == "sum" and self._sum(eq):
@@ -266,6 +278,8 @@ class Fuser:
         sums = [*group.sums, *([root] if isinstance(root, _Sum) else [])]
         exprs = [e for _, e in group.outputs] + [s.expr for s in sums]
         exprs += [] if isinstance(root, _Sum) else [root[1]]
+        if (group.outputs or group.sums) and cost(exprs) > LARGE:
+            return False
         return _collapsed(group.shape, self._shapes(exprs), [s.reduced for s in sums]) is not None
 
     def _shapes(self, exprs: Sequence[Expr]) -> list[tuple[int, ...]]:

@@ -31,8 +31,8 @@ from gpugrad.compile.scalar import (
     argument,
     cast,
     constant,
+    cost,
     evaluate_formula,
-    in_order,
     substitute,
 )
 from gpugrad.op import registry
@@ -40,7 +40,7 @@ from gpugrad.ops.shape import axes_of
 
 WIDE_PARAMETER = 16  # numbers of one kind a row, above which a body is blocks of rows and no single kernel
 MANY_PRODUCTS = 8  # with one row, above which a matrix product by blocks is the quicker
-LONG_PASS = 800  # operations a row, likewise
+LONG_PASS = 1000  # cost of the work on a row, likewise
 
 # Ops that work along one or several axes and keep, or drop, those.
 _ALONG = frozenset(
@@ -506,7 +506,7 @@ class _Scalars:
         if not self.matrices:
             raise NotByRows("no product with data")
         roots = [*self.sums, *(e for _, e in self.back), *stored]
-        if len(in_order(roots)) > LONG_PASS:
+        if cost(roots) > LONG_PASS:
             raise NotByRows("too much work a row for one kernel")
         products, columns = len(self.products), len(self.columns)
 

@@ -422,6 +422,21 @@ def in_order(roots: Iterable[Expr]) -> list[Expr]:
     return out
 
 
+# About how many instructions a function becomes, where it is not one or two.
+_COSTS = {
+    **dict.fromkeys(("div", "sqrt", "sign", "floor"), 2),
+    **dict.fromkeys(("exp", "expm1", "log", "log1p", "log2", "log10", "tanh"), 10),
+    **dict.fromkeys(("sinh", "cosh", "logaddexp", "hypot"), 16),
+    **dict.fromkeys(("sin", "cos", "tan", "asin", "acos", "atan", "atan2"), 24),
+    "pow": 40,
+}
+
+
+def cost(roots: Iterable[Expr]) -> int:
+    """Return about how much code expressions become: what compiling them takes grows with it, and faster than it."""
+    return sum(_COSTS.get(e.fn, 1) for e in in_order(roots))
+
+
 def run(roots: Sequence[Expr], inputs: Sequence[Any]) -> list[Any]:
     """Evaluate expressions on NumPy arrays that broadcast; what tests compare printed code with."""
     values: dict[int, Any] = {}
