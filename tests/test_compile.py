@@ -572,7 +572,7 @@ def test_small_products_hold_blas_to_one_thread(monkeypatch: Any) -> None:
     entered = []
     real = threads.single_threaded_blas.__enter__
     monkeypatch.setattr(threads.single_threaded_blas, "__enter__", lambda self: (entered.append(1), real(self))[1])
-    gg.compile(lambda x: x @ x)(np.ones((10, 10)))
+    gg.compile(lambda x: x @ x)(np.ones((100, 100)))
     assert entered
     assert executable_module.SMALL_FLOPS > 0
 

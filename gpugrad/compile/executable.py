@@ -22,6 +22,7 @@ from gpugrad.threads import single_threaded_blas
 
 DATA_BYTES = 1 << 16  # of an array that a function closes over, from which on it is data and no constant
 LARGE_BYTES = 1 << 20  # of data or of what is kept from step to step, above which work by rows pays
+TINY_FLOPS = 5e5  # of one product
 SMALL_FLOPS = 2e8  # of all products of a program: a few milliseconds
 
 
@@ -53,8 +54,9 @@ class _Whole:
         self.idle: list[Instance] = []
         self.lock = threading.Lock()
         self.kept = sum(plan(self.steps, program.inputs, program.outputs).buffers)  # bytes from step to step
-        # below this, what threads gain a product they lose in meeting
-        self.alone = 0 < sum(_flops(eq) for eq in program.equations) < SMALL_FLOPS
+        # below this, what threads gain a product they lose in meeting; the smallest get one thread from BLAS itself
+        flops = [_flops(eq) for eq in program.equations]
+        self.alone = max(flops, default=0) >= TINY_FLOPS and sum(flops) < SMALL_FLOPS
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
         with single_threaded_blas() if self.alone else nullcontext():
