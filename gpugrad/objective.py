@@ -130,9 +130,9 @@ class Objective:
     not fit. threads: workers on the CPU, by default one a core; BLAS runs single-threaded inside them.
 
     Over 1 MiB of data and more (on a GPU over any), with numba installed on the CPU, the loss is captured
-    (`gpugrad.compile`): it runs a few times without values, and what it did is replayed, so that its side effects happen
-    then alone. It is captured again when what it refers to has changed. A loss that cannot be captured runs operation by
-    operation, with one CaptureWarning that says why; GPUGRAD_JIT=0 in the environment switches compiled loops off.
+    (`gpugrad.compile`): it runs a few times without values, and what it did is replayed, so that its side effects
+    happen then alone. It is captured again when what it refers to has changed. A loss that cannot be captured runs
+    operation by operation, with one CaptureWarning that says why. GPUGRAD_JIT=0 in the environment: no compiled loops.
 
     Attributes: `data`, `device`, `rows`, and `dtype`: the floating dtype of the data, which Python numbers among the
     parameters take. A block that does not fit on the GPU is done again in halves, with one DeviceMemoryWarning.

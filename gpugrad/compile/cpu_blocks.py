@@ -122,8 +122,7 @@ class BlockedLoop:
                 if e.fn == "cast":
                     numpy.copyto(into, args[0], casting="unsafe")
                 elif e.fn == "where":
-                    numpy.copyto(into, args[2])
-                    numpy.copyto(into, args[1], where=args[0])
+                    _select(into, *args)
                 else:
                     FUNCTIONS[e.fn](*args, out=into)
             for a in e.args:
@@ -140,6 +139,25 @@ class BlockedLoop:
         for buffer in held.values():
             _buffers.give(buffer)
         return parts
+
+
+_BITS = {numpy.dtype("f4"): numpy.dtype("i4"), numpy.dtype("f8"): numpy.dtype("i8")}
+
+
+def _select(into: Array, condition: Any, x: Any, y: Any) -> None:
+    """Write x where condition holds, else y: by mask on the bits, since NumPy's own way branches at every element."""
+    bits = _BITS.get(into.dtype)
+    if bits is None or numpy.shape(condition) != into.shape:
+        numpy.copyto(into, y)
+        numpy.copyto(into, x, where=condition)
+        return
+    mask = condition.astype(bits)
+    numpy.negative(mask, out=mask)
+    chosen, other = (numpy.asarray(v, into.dtype).view(bits) for v in (x, y))
+    out = into.view(bits)
+    numpy.bitwise_xor(chosen, other, out=out)
+    out &= mask
+    out ^= other
 
 
 @functools.cache

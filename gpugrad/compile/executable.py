@@ -23,7 +23,7 @@ from gpugrad.threads import single_threaded_blas
 DATA_BYTES = 1 << 16  # of an array that a function closes over, from which on it is data and no constant
 LARGE_BYTES = 1 << 20  # of data or of what is kept from step to step, above which work by rows pays
 TINY_FLOPS = 5e5  # of one product
-SMALL_FLOPS = 2e8  # of all products of a program: a few milliseconds
+SMALL_FLOPS = 2e7  # of all products of a program: a fraction of a millisecond
 
 
 def _flops(eq: Equation) -> float:

@@ -290,8 +290,8 @@ def compile(fun: Callable[..., Any]) -> Compiled:
 
     fun takes and returns pytrees of arrays, Tensors and floats; transforms such as `grad` may be inside and around it.
     Its first call with new shapes, dtypes, device, structure or values of other arguments captures it: it runs once on
-    Tensors without values. Python floats are arguments like arrays; integers, strings and other objects are static, and a
-    new value is a new capture. What fun closes over counts as constant from then on. Under capture NumPy's functions
+    Tensors without values. Python floats are arguments like arrays; integers, strings and other objects are static, and
+    a new value is a new capture. What fun closes over counts as constant from then on. Under capture NumPy's functions
     cannot be used, and reading a value (``if``, ``float()``, ``.item()``) raises CaptureError, which names the line.
     Results are the caller's; memory of results that he has dropped is kept for the next call.
     """
