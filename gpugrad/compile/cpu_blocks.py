@@ -141,7 +141,7 @@ class BlockedLoop:
         return parts
 
 
-_BITS = {numpy.dtype("f4"): numpy.dtype("i4"), numpy.dtype("f8"): numpy.dtype("i8")}
+_BITS: dict[Any, Any] = {numpy.dtype("f4"): numpy.dtype("i4"), numpy.dtype("f8"): numpy.dtype("i8")}
 
 
 def _select(into: Array, condition: Any, x: Any, y: Any) -> None:
