@@ -215,6 +215,7 @@ def test_kinds_come_back_as_they_went(rng: np.random.Generator) -> None:
         (lambda a, n, flag: (a**n if flag else a, {"n": n}), (x, 3, True)),
         (lambda a, lr: a - lr * a, (x.astype(np.float32), 0.1)),
         (lambda a: (a, a, 2.0, None), (x,)),
+        (gg.value_and_grad(lambda a: (gg.sum(a * a), {"aux": a + 1}), has_aux=True), (x,)),
     ):
         close(gg.compile(fun)(*args), fun(*args))
 

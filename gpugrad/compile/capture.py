@@ -134,12 +134,14 @@ class Capture:
 
     def strong(self, given: Any) -> Any:
         """Return an argument of `grad` as it is differentiated: a Python float becomes a float64 scalar."""
-        if type(given) is Tensor and isinstance(given._data, Tracer) and given._data.value.weak:
-            out = self._add(
-                _op.registry["astype"], (given._data.value,), {"dtype": "float64"}, [((), "float64", False)]
+        if type(given) is not Tensor or not isinstance(given._data, Tracer):
+            return given
+        value = given._data.value
+        if value.weak:
+            (value,) = self._add(
+                _op.registry["astype"], (value,), {"dtype": "float64"}, [((), numpy.dtype("float64"), False)]
             )
-            return self.tensor(out[0], FLOAT, given._node)
-        return given
+        return self.tensor(value, TENSOR, given._node)  # what follows from it is a Tensor, as eagerly
 
     def like(self, value: Any, given: Any) -> Any:
         """Return a result of a transform as a value of the kind that was given to it."""
