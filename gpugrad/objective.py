@@ -386,7 +386,10 @@ class Objective:
                 if backend.out_of_memory(error):
                     return None  # for constants of the loss; next time there may be room
                 found = (str(error).splitlines() or [type(error).__name__])[0]
-            before, meaning = meaning, fingerprint(self.loss)
+            try:
+                before, meaning = meaning, fingerprint(self.loss)
+            except Exception:  # what it keeps has become more than can be looked at
+                break
             if meaning == before:
                 self._keep((want, structure, shapes, meaning), found)
                 return found

@@ -12,12 +12,13 @@ import threadpoolctl
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Return the process's pool of so many threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="gpugrad")
 
 
 if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fork
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def in_order(run: Callable[[int], Stripe], count: int, threads: int, stop: list[
         if threads == 1:
             return [run(k) for k in range(count)]
         # a copied context hands numpy.errstate on to the workers
-        futures = [_pool(threads).submit(contextvars.copy_context().run, _work, run, k) for k in range(count)]
+        futures = [pool(threads).submit(contextvars.copy_context().run, _work, run, k) for k in range(count)]
         try:
             return [future.result() for future in futures]
         except BaseException:

@@ -194,6 +194,18 @@ def test_gradients_of_a_compiled_function(executor: str, data: Any, rng: np.rand
     close(tape.gradient(out, t).numpy(), gg.grad(least_squares)(w, X, y))
 
 
+def test_static_objects_of_gradients_count_by_what_is_in_them() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Setting:
+        scale: Any
+
+    f = gg.compile(lambda x, s: gg.sum(x * s.scale))
+    for scale in (2, 2.0, np.float64(3)):  # the first two are equal and are not the same
+        x = gg.tensor(np.ones(2, np.float32), requires_grad=True)
+        f(x, Setting(scale)).backward()
+        close(x.grad.numpy(), np.full(2, scale, np.float32))
+
+
 def test_several_outputs_on_the_tape(rng: np.random.Generator) -> None:
     def pair(x: Any, n: int) -> Any:
         return {"sum": gg.sum(x) * n, "sign": x > 0, "square": x**2}

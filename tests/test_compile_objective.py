@@ -351,6 +351,18 @@ def test_a_loss_that_keeps_a_record(rng: np.random.Generator) -> None:
     assert len(seen) > before
 
 
+def test_a_loss_whose_record_outgrows_what_is_looked_at(rng: np.random.Generator) -> None:
+    X = rng.normal(size=(ROWS, 4))
+    seen: list[int] = [0] * 1000
+
+    def loss(w: Any, X: Any) -> Any:
+        seen.append(len(X))
+        return X @ w
+
+    with pytest.warns(errors.CaptureWarning, match="changes what it refers to"):
+        assert gg.Objective(loss, (X,)).value(np.ones(4)) == pytest.approx(np.mean(X.sum(1)))
+
+
 def test_a_loss_that_fills_a_cache_of_its_own(rng: np.random.Generator) -> None:
     class Model:
         @functools.cached_property

@@ -6,9 +6,7 @@ these are added in the order of the stripes: the same operands give the same bit
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -18,24 +16,15 @@ from gpugrad.compile.cpu_build import available, compiling
 from gpugrad.compile.cpu_ir import Unsupported
 from gpugrad.compile.kernels import Loop, RowPass
 from gpugrad.compile.scalar import cast
+from gpugrad.threads import pool
 
-__all__ = ["available", "compiling", "loop", "pool", "row_pass"]
+__all__ = ["available", "compiling", "loop", "row_pass"]
 
 STRIPE_BYTES = 512 << 10  # of operands: about 30 us of one core's share of the memory
 MOST_STRIPES = 64
 PARTIAL_BYTES = 32 << 20  # sums of all stripes together
 _NOTHING = numpy.zeros(0)
 _NO_ROWS = numpy.zeros((0, 0))
-
-
-@functools.cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Return the process's pool of so many threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="gpugrad")
-
-
-if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fork
-    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def _share(work: Callable[[int], Any], stripes: int, threads: int) -> None:

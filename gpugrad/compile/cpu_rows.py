@@ -4,6 +4,8 @@ Rows are dealt out in stripes whose number does not depend on the threads; a str
 and stripes are added in order, so that the result does not depend on which thread did what.
 """
 
+import functools
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -200,14 +202,7 @@ class RowProgram:
 
         stripes = _threads.in_order(stripe, count, threads, stop)
         with numpy.errstate(all="ignore"):
-            return [_added(parts) for parts in zip(*stripes, strict=True)]
-
-
-def _added(parts: Sequence[Array]) -> Array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+            return [functools.reduce(operator.add, parts) for parts in zip(*stripes, strict=True)]
 
 
 def _row_major(array: Array) -> bool:

@@ -159,7 +159,7 @@ class Compiled:
             results = [r for r in optree.tree_leaves(flat(*tensors)) if type(r) is Tensor or backend.is_array(r)]
             return tuple(results[k] for k in floats)
 
-        key = (structure, places, tuple(floats), tuple(_identity(leaf) for leaf in rest))
+        key = (structure, places, tuple(floats), tuple(_identity(leaf, self._name) for leaf in rest))
         pullback = self._pullbacks.get(key)
         if pullback is None:
             others = [k for k, leaf in enumerate(rest) if kind_of(leaf) is not None]
@@ -189,9 +189,17 @@ class Compiled:
                 latest[:] = given, pullback(full, x[: len(places)], constants)
             return latest[1][i]
 
-        op = Op(name=f"compiled {self._name}", kind="primitive", forward=lambda xp, *x: x, doc="", outputs=len(floats))
-        op.variadic, op.vjps, op.needs = True, (rule,), ((-1,),)
-        op.forward = lambda xp, *x: found[floats[0]] if len(floats) == 1 else tuple(found[k] for k in floats)
+        computed = found[floats[0]] if len(floats) == 1 else tuple(found[k] for k in floats)
+        op = Op(
+            name=f"compiled {self._name}",
+            kind="primitive",
+            forward=lambda _xp, *_x: computed,
+            doc="",
+            outputs=len(floats),
+            variadic=True,
+            vjps=(rule,),
+            needs=((-1,),),
+        )
         tracked = _op._run(op, [leaves[k] for k in (*places, *beside)], {})
         results = list(found)
         for k, tensor in zip(floats, (tracked,) if len(floats) == 1 else tracked, strict=True):
@@ -278,10 +286,10 @@ def _static(leaf: Any, name: str) -> Any:
         return ("static", type(leaf), leaf)
 
 
-def _identity(leaf: Any) -> Any:
+def _identity(leaf: Any, name: str) -> Any:
     kind = kind_of(leaf)
     if kind is None:
-        return ("static", type(leaf), leaf)
+        return _static(leaf, name)
     return kind if kind is FLOAT else (kind, leaf.shape, str(leaf.dtype))
 
 

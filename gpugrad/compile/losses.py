@@ -5,6 +5,8 @@ shapes; where the two differ in anything but that length (a random number, a div
 the same for another number of rows, and is not used.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -32,16 +34,9 @@ def directional(loss: Callable[..., Any]) -> Callable[..., Any]:
     def along(params: Any, v: Any, *block: Any) -> Any:
         gradients = grad(lambda p: total(loss(p, *block)))(params)
         parts = [_sum(g * d) for g, d in zip(optree.tree_leaves(gradients), optree.tree_leaves(v), strict=True)]
-        return _added(parts)
+        return functools.reduce(operator.add, parts)
 
     return along
-
-
-def _added(parts: list[Any]) -> Any:
-    out = parts[0]
-    for part in parts[1:]:
-        out = out + part
-    return out
 
 
 def total(losses: Any) -> Any:

@@ -36,14 +36,11 @@ def writes_in_place(step: Step) -> bool:
 def plan(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value]) -> Plan:
     """Assign buffers to what steps write, reusing them by liveness."""
     base: dict[Value, Value] = {}
-    made: dict[Value, int] = {}
-    for k, step in enumerate(steps):
+    for step in steps:
         for value in step.outputs:
             base[value] = base.get(step.inputs[0], step.inputs[0]) if isinstance(step, View) else value
-            made.setdefault(base[value], k)
         if isinstance(step, Kernel):
-            for value in step.sums:
-                base[value], made[value] = value, k
+            base.update((value, value) for value in step.sums)
     last: dict[Value, int] = {}
     for k, step in enumerate(steps):
         for value in step.inputs:
